@@ -1,0 +1,7 @@
+"""`python -m tensorsurgeon`."""
+
+import sys
+
+from tensorsurgeon.cli import main
+
+sys.exit(main())

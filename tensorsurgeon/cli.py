@@ -1,0 +1,197 @@
+"""The command line: one command for each exam and operation, read off their declarations, and `run`.
+
+Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tensorsurgeon import exams as exams
+from tensorsurgeon._version import __version__
+from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
+from tensorsurgeon.errors import SurgeonError, nearest
+from tensorsurgeon.plan import make_plan
+from tensorsurgeon.recipe import Recipe, load_recipe, recipe_schema
+from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
+from tensorsurgeon.report.reference import reference_text
+from tensorsurgeon.report.text import findings_text, plan_text, written_text
+from tensorsurgeon.sizes import parse_size
+from tensorsurgeon.writer import check_destination, parse_part, write_plan
+
+EXIT_STATUS = "Exit status: 0 done, 1 failed, 2 not understood, 3 an exam found something wrong, 130 interrupted."
+WRONG, INTERRUPTED = 3, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit status."""
+    try:
+        return commands().main(arguments, prog_name="tensorsurgeon", standalone_mode=False) or 0
+    except click.ClickException as problem:
+        problem.show()
+        return problem.exit_code
+    except SurgeonError as error:
+        for text in error.problems:
+            print(f"error: {text}", file=sys.stderr)
+        return error.exit_status
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; the same command goes on where it stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SurgeonError.exit_status
+    except OSError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return SurgeonError.exit_status
+
+
+class _Group(click.Group):
+    """Suggests the nearest command for one that does not exist."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise click.UsageError(f"there is no command {args[0]!r}.{nearest(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def commands() -> click.Group:
+    """Return the command line: a command for each exam and each operation, `run`, and `reference`."""
+    group = _Group(help="Operate on LLM checkpoints where they lie.", epilog=EXIT_STATUS)
+    click.version_option(__version__, message="%(version)s")(group)
+    for spec in EXAMS.values():
+        group.add_command(_exam_command(spec))
+    for spec in OPERATIONS.values():
+        group.add_command(_operation_command(spec))
+    group.add_command(_run_command())
+    group.add_command(_reference_command())
+    return group
+
+
+def _command(name: str, callback: Callable[..., int], summary: str, params: list[click.Parameter]) -> click.Command:
+    return click.Command(name, callback=callback, help=summary, params=params, epilog=EXIT_STATUS)
+
+
+def _exam_command(spec: Spec) -> click.Command:
+    def examine(model: str, as_json: bool, **given: Any) -> int:
+        subject: Any = model if spec.takes_location else open_checkpoint(model)
+        findings = spec.function(subject, **spec.check(_present(given)))
+        _print({**findings.tables, "problems": findings.problems} if as_json else findings_text(findings))
+        return WRONG if findings.problems else 0
+
+    params = [click.Argument(["model"]), *map(_option, spec.parameters), _json_option()]
+    return _command(spec.name, examine, spec.description, params)
+
+
+def _operation_command(spec: Spec) -> click.Command:
+    own = {parameter.name for parameter in spec.parameters}
+
+    def operate(src: str, dest: str, **given: Any) -> int:
+        parameters = spec.check(_present({name: given[name] for name in own}))
+        options = {name: value for name, value in given.items() if name not in own}
+        return _write(Recipe(src, dest, (Step(spec.name, parameters),)), **options)
+
+    params = [click.Argument(["src"]), click.Argument(["dest"]), *map(_option, spec.parameters)]
+    params += [option for option in _writing_options() if option.name not in own]
+    return _command(spec.name, operate, spec.description, params)
+
+
+def _run_command() -> click.Command:
+    def run(recipe: str, settings: tuple[str, ...], **options: Any) -> int:
+        return _write(load_recipe(recipe, settings), **options)
+
+    meaning = "Lay a value over the recipe, such as steps.1.layers=10-12."
+    setting = click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help=meaning)
+    params = [click.Argument(["recipe"]), setting, *_writing_options()]
+    return _command("run", run, "Run a recipe: a YAML file with source, dest and steps.", params)
+
+
+def _reference_command() -> click.Command:
+    def reference(as_json: bool) -> int:
+        _print(recipe_schema() if as_json else reference_text())
+        return 0
+
+    summary = "Print the reference of all operations and exams; with --json the JSON schema of recipes."
+    return _command("reference", reference, summary, [_json_option()])
+
+
+def _write(
+    recipe: Recipe,
+    dry_run: bool,
+    as_json: bool,
+    memory: str,
+    threads: int | None,
+    shards: str | None,
+    overwrite: bool,
+    quiet: bool,
+    max_shard_size: str | None = None,
+) -> int:
+    size = parse_size(max_shard_size) if max_shard_size else recipe.max_shard_size
+    part = parse_part(shards) if shards else (1, 1)
+    ckpt: Checkpoint = recipe.checkpoint()
+    plan = make_plan(ckpt, size, parse_size(memory), threads)
+    dest = Path(recipe.dest)
+    check_destination(plan, dest, overwrite)
+    if dry_run:
+        _print(plan.summary() if as_json else plan_text(plan, dest))
+        return 0
+    if not quiet and not as_json:
+        _print(plan_text(plan, dest))
+    started = time.perf_counter()
+    receipt = write_plan(plan, dest, overwrite=overwrite, part=part, quiet=quiet or as_json)
+    seconds = time.perf_counter() - started
+    if as_json:
+        _print({"plan": plan.summary(), "receipt": receipt, "seconds": round(seconds, 3)})
+    elif not quiet:
+        unfinished = f"wrote part {shards} of the shards; run without --shards to complete {dest}."
+        _print(written_text(plan, dest, seconds) if receipt else unfinished)
+    return 0
+
+
+def _option(parameter: Parameter) -> click.Option:
+    """Return the command-line option of a parameter."""
+    name = "--" + parameter.name.replace("_", "-")
+    note = "" if parameter.required or parameter.default in (None, False) else f"  [default: {parameter.default}]"
+    if parameter.type is bool:
+        return click.Option([name, parameter.name], is_flag=True, help=parameter.help)
+    kind = click.Choice(parameter.choices) if parameter.choices else None
+    metavar = None if parameter.choices else parameter.name.upper()
+    return click.Option(
+        [name, parameter.name],
+        type=kind,
+        required=parameter.required,
+        metavar=metavar,
+        help=parameter.help + note,
+    )
+
+
+def _json_option() -> click.Option:
+    return click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON.")
+
+
+def _writing_options() -> list[click.Parameter]:
+    return [
+        click.Option(["-n", "--dry-run"], is_flag=True, help="Print the plan and write nothing."),
+        _json_option(),
+        click.Option(["--memory"], default="1GiB", show_default=True, help="Most memory for blocks of tensors."),
+        click.Option(["--threads"], type=click.IntRange(min=1), help="Threads at work.  [default: the cores]"),
+        click.Option(["--max-shard-size"], help="Most bytes of tensors in a shard.  [default: 5GB]"),
+        click.Option(["--shards"], metavar="I/N", help="Write only part I of N; a run without it completes the work."),
+        click.Option(["--overwrite"], is_flag=True, help="Replace an earlier output, and unfinished work."),
+        click.Option(["-q", "--quiet"], is_flag=True, help="Print no plan and show no progress."),
+    ]  # fmt: skip
+
+
+def _present(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _print(result: Any) -> None:
+    click.echo(result if isinstance(result, str) else json.dumps(result, indent=2, ensure_ascii=False))

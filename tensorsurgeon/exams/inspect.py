@@ -1,0 +1,99 @@
+"""Tell what a checkpoint is, from its headers and its config."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from math import prod
+from typing import Any
+
+from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.config import quantization_config
+from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.quantized import companions, format_name
+from tensorsurgeon.registry import Findings, Glob, exam
+from tensorsurgeon.sizes import format_size
+
+
+@exam
+def inspect(ckpt: Checkpoint, tensors: Glob | None = None) -> Findings:
+    """Tell what a checkpoint is: architecture, parameters, dtypes, quantisation, layers, shards, bytes.
+
+    Only headers and JSON are read.
+
+    Args:
+        tensors: List the tensors whose names match this pattern instead.
+    """
+    if tensors is not None:
+        return Findings({"tensors": [_tensor_row(ckpt, name) for name in ckpt.names(tensors)]})
+    by_dtype: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for tensor in ckpt.tensors.values():
+        totals = by_dtype[tensor.dtype]
+        totals[0] += 1
+        totals[1] += prod(tensor.shape)
+        totals[2] += tensor.nbytes
+    dtypes = [
+        {
+            "dtype": dtype,
+            "tensors": count,
+            "elements": elements,
+            "bytes": size,
+            "share": f"{size / total:.1%}",
+        }
+        for total in [sum(totals[2] for totals in by_dtype.values()) or 1]
+        for dtype, (count, elements, size) in sorted(by_dtype.items(), key=lambda item: -item[1][2])
+    ]
+    return Findings({"model": [_model_row(ckpt)], "dtypes": dtypes, "shards": _shard_rows(ckpt)})
+
+
+def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
+    config = ckpt.config.value
+    settings = quantization_config(config)
+    total = sum(tensor.nbytes for tensor in ckpt.tensors.values())
+    described = companions(ckpt.tensors)
+    quantization = format_name(ckpt.tensors) or "none"
+    if settings:
+        block = settings.get("weight_block_size")
+        quantization = f"{settings.get('quant_method')}" + (f", blocks of {block[0]}x{block[1]}" if block else "")
+    return {
+        "name": ckpt.sources[0].name,
+        "architecture": ", ".join(config.get("architectures") or []) or "-",
+        "model type": config.get("model_type") or "-",
+        "parameters": sum(prod(tensor.shape) for name, tensor in ckpt.tensors.items() if name not in described),
+        "dtype": ckpt.text_config.get("dtype") or ckpt.text_config.get("torch_dtype") or "-",
+        "quantisation": quantization,
+        "layers": _layers(ckpt),
+        "tensors": len(ckpt),
+        "shards": len(ckpt.sources[0].headers),
+        "bytes": total,
+        "size": format_size(total),
+        "warnings": "; ".join(ckpt.warnings) or "none",
+    }
+
+
+def _layers(ckpt: Checkpoint) -> str:
+    try:
+        stack = ckpt.layers
+    except CheckpointError as problem:
+        return f"unclear: {problem}"
+    extra = f", and {stack.extra} for multi-token prediction" if stack.extra else ""
+    return f"{stack.count} ({stack.prefix}N){extra}"
+
+
+def _shard_rows(ckpt: Checkpoint) -> list[dict[str, Any]]:
+    return [
+        {"file": file, "tensors": len(header.entries), "bytes": header.file_size}
+        for source in ckpt.sources
+        for file, header in source.headers.items()
+    ]
+
+
+def _tensor_row(ckpt: Checkpoint, name: str) -> dict[str, Any]:
+    tensor = ckpt[name]
+    shard = tensor.span.path.name if tensor.span else tensor.history
+    return {
+        "name": name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "bytes": tensor.nbytes,
+        "shard": shard,
+    }

@@ -1,0 +1,204 @@
+"""Tell whether a checkpoint is whole and consistent, so that no engine serves garbage from it in silence."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tensorsurgeon.checkpoint import COUNT_KEYS, INDEX, RECEIPT, Checkpoint, find_directory, open_checkpoint
+from tensorsurgeon.config import layer_shapes, quantization_config
+from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.format import load_json
+from tensorsurgeon.progress import Advance, progress_bar
+from tensorsurgeon.quantized import companions, fp8_block, quantized_tensors
+from tensorsurgeon.registry import Findings, Location, exam
+from tensorsurgeon.writer import seal
+
+CHUNK = 4 * 2**20
+
+Problems = Iterator[str]
+
+
+class Skipped(Exception):
+    """A check could not be made; the reason is its text."""
+
+
+@exam
+def verify(model: Location, deep: bool = False) -> Findings:
+    """Tell whether a checkpoint is whole and consistent.
+
+    Checked are headers and index, stray weights, the layers and the config, scales of FP8 weights, the
+    receipt's SHA-256 of every file, and, where transformers is installed, that the model class finds every
+    tensor it needs with the right shape (on the meta device, without memory): vLLM serves garbage for a
+    missing linear layer without a word.
+
+    Args:
+        deep: Read every tensor and look for NaN and infinity too.
+    """
+    try:
+        ckpt = open_checkpoint(model)
+    except CheckpointError as problem:
+        return Findings({"checks": [_row("headers and index", problem.problems)]}, problem.problems)
+    directory = find_directory(model)
+    checks: dict[str, Callable[[], Problems]] = {
+        "headers and index": lambda: iter(ckpt.warnings),
+        "stray weights": lambda: _strays(ckpt, directory),
+        "layers": lambda: _layers(ckpt),
+        "quantisation": lambda: _quantization(ckpt),
+        "receipt": lambda: _receipt(directory),
+        "model class": lambda: _model_class(ckpt, directory),
+    }
+    if deep:
+        checks["values"] = lambda: _values(ckpt)
+    rows, problems = [], []
+    for name, check in checks.items():
+        try:
+            found = list(check())
+            rows.append(_row(name, found))
+            problems += found
+        except Skipped as reason:
+            rows.append({"check": name, "result": f"skipped: {reason}"})
+    return Findings({"checks": rows}, tuple(problems))
+
+
+def _row(name: str, problems: Sequence[str]) -> dict[str, Any]:
+    return {"check": name, "result": f"{len(problems)} problems" if problems else "ok"}
+
+
+def _strays(ckpt: Checkpoint, directory: Path) -> Problems:
+    """Find weights that do not belong: without an index engines load them all, later ones winning."""
+    known = set(ckpt.sources[0].headers)
+    for file in sorted(directory.glob("*.safetensors")):
+        if file.name not in known:
+            yield f"{file.name}: is not part of the model; some engines load it all the same. Remove it."
+    if (directory / INDEX).exists() and (directory / "model.safetensors").exists() and "model.safetensors" not in known:
+        yield f"model.safetensors: lies beside {INDEX}; which of the two is the model depends on the reader."
+
+
+def _layers(ckpt: Checkpoint) -> Problems:
+    """Find missing layers, layers unlike the others of their kind, and a config of another depth."""
+    try:
+        stack = ckpt.layers
+    except CheckpointError as problem:
+        yield from problem.problems
+        return
+    config = ckpt.text_config
+    for key in COUNT_KEYS:
+        if isinstance(config.get(key), int) and config[key] != stack.count:
+            yield f"config.json: {key} is {config[key]}, but there are tensors of {stack.count} layers."
+    types = config.get("layer_types") or []
+    if types and len(types) not in (stack.count, stack.count + stack.extra):
+        yield f"config.json: layer_types has {len(types)} entries for {stack.count} layers."
+        types = []
+    shapes = layer_shapes(ckpt, stack)
+    kinds: dict[Any, list[int]] = defaultdict(list)
+    for layer in range(stack.count):
+        experts = any(".experts." in rest for rest, _ in shapes[layer])
+        kinds[(types[layer] if types else "", experts)].append(layer)
+    for (kind, _), members in kinds.items():
+        usual, count = Counter(shapes[layer] for layer in members).most_common(1)[0]
+        if 2 * count <= len(members):
+            continue
+        for layer in members:
+            yield from _unlike(layer, shapes[layer], usual, f"{count} other {kind} layers".replace("  ", " "))
+
+
+def _unlike(layer: int, shapes: frozenset[Any], usual: frozenset[Any], others: str) -> Problems:
+    here, there = dict(shapes), dict(usual)
+    for rest in sorted(there.keys() - here.keys()):
+        yield f"layer {layer}: lacks {rest}, which {others} have."
+    for rest in sorted(here.keys() - there.keys()):
+        yield f"layer {layer}: has {rest}, which {others} do not have."
+    for rest in sorted(here.keys() & there.keys()):
+        if here[rest] != there[rest]:
+            yield f"layer {layer}: {rest} is {list(here[rest])}, and {list(there[rest])} in {others}."
+
+
+def _quantization(ckpt: Checkpoint) -> Problems:
+    settings = quantization_config(ckpt.config.value)
+    quantized = quantized_tensors(ckpt.tensors)
+    if quantized and not settings:
+        yield f"config.json: has no quantization_config, but {len(quantized)} tensors are quantised: {quantized[0]!r}."
+    if settings and not quantized:
+        yield "config.json: has a quantization_config, but no tensor is quantised."
+    if settings.get("quant_method") == "fp8" or any(ckpt[name].dtype == "F8_E4M3" for name in quantized):
+        block, problems = fp8_block.block_size(settings)
+        if settings.get("quant_method") == "fp8":
+            yield from problems
+            yield from fp8_block.find(ckpt.tensors, block).problems
+        else:
+            described = set(companions(ckpt.tensors).values())
+            for name in quantized:
+                if ckpt[name].dtype == "F8_E4M3" and name.removesuffix(".weight") not in described:
+                    yield f"{name}: is F8_E4M3 without a scale."
+
+
+def _receipt(directory: Path) -> Problems:
+    """Find files that differ from what the receipt says was written."""
+    if not (directory / RECEIPT).exists():
+        raise Skipped("there is no receipt")
+    try:
+        receipt = load_json((directory / RECEIPT).read_bytes().decode())
+        files = {str(name): str(entry["sha256"]) for name, entry in receipt["files"].items()}
+        sealed = receipt["seal"] == seal(receipt)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        yield f"{RECEIPT}: is damaged."
+        return
+    if not sealed:
+        yield f"{RECEIPT}: was changed after it was written."
+    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    yield from (f"{name}: is missing; the receipt lists it." for name in sorted(files.keys() - present))
+    yield from (
+        f"{name}: is not in the receipt; it was added later." for name in sorted(present - files.keys() - {RECEIPT})
+    )
+    names = sorted(files.keys() & present)
+    total = sum((directory / name).stat().st_size for name in names)
+    with progress_bar(total, "receipt") as advance, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        digests = pool.map(lambda name: _sha256(directory / name, advance), names)
+        for name, digest in zip(names, digests, strict=True):
+            if digest != files[name]:
+                yield f"{name}: was changed after it was written; its SHA-256 is not the receipt's."
+
+
+def _sha256(path: Path, advance: Advance) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _model_class(ckpt: Checkpoint, directory: Path) -> Problems:
+    """Find tensors that the model class misses, does not know, or has in another shape."""
+    missing = [library for library in ("transformers", "accelerate") if not find_spec(library)]
+    if missing:
+        raise Skipped(f"{' and '.join(missing)} not installed")
+    from tensorsurgeon.exams.meta import load_problems, model_class
+
+    if model_class(ckpt.config.value) is None:
+        raise Skipped("transformers does not have it")
+    if any(ckpt[name].dtype in ("I32", "U8", "I8", "U32") for name in quantized_tensors(ckpt.tensors)):
+        raise Skipped("the weights are packed, and have other names and shapes")
+    yield from load_problems(directory, ckpt.config.value)
+
+
+def _values(ckpt: Checkpoint) -> Problems:
+    """Find NaN and infinity in plain tensors and in the codes and scales of FP8."""
+    from tensorsurgeon.kernels.finite import count_nonfinite
+
+    total = sum(tensor.nbytes for tensor in ckpt.tensors.values())
+    with progress_bar(total, "values") as advance:
+        for name, tensor in ckpt.tensors.items():
+            found = [count_nonfinite(tensor.read(start, stop)) for start, stop in tensor.blocks(CHUNK)]
+            nan, infinite = (sum(counts) for counts in zip((0, 0), *found, strict=True))
+            advance(tensor.nbytes)
+            if nan or infinite:
+                yield f"{name}: holds {nan} NaN and {infinite} infinite of {prod(tensor.shape)} elements."

@@ -1,0 +1,1 @@
+"""The few inner loops that are compiled, each beside its plain reference."""

@@ -1,0 +1,41 @@
+"""Change the dtype of plain weights."""
+
+from __future__ import annotations
+
+from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.config import with_dtype
+from tensorsurgeon.ops.dequantize import DTYPES, FloatName
+from tensorsurgeon.quantized import PLAIN, require_plain
+from tensorsurgeon.registry import Glob, operation
+from tensorsurgeon.tensor import Block, LazyTensor
+
+
+@operation
+def cast(ckpt: Checkpoint, dtype: FloatName, tensors: Glob = "*") -> Checkpoint:
+    """Round plain weights to another dtype, to nearest, ties to even.
+
+    Tensors of integers keep their bits. The config states the new dtype where all tensors are cast.
+
+    Args:
+        dtype: What the weights become.
+        tensors: Names of the tensors to cast.
+
+    Raises:
+        RefusedError: for quantised tensors, and while writing for a number too large for float16.
+    """
+    names = ckpt.names(tensors)
+    require_plain(ckpt, names, "cast")
+    target = DTYPES[dtype]
+    chosen = {name for name in names if ckpt[name].dtype in PLAIN and ckpt[name].dtype != target}
+    cast_tensors = {name: _cast(it, target) if name in chosen else it for name, it in ckpt.tensors.items()}
+    config = with_dtype(ckpt.config.value, dtype) if len(names) == len(ckpt) else ckpt.config.value
+    return ckpt.replace(tensors=cast_tensors, config=config)
+
+
+def _cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    def cast_rows(block: Block) -> Block:
+        from tensorsurgeon.kernels.casting import cast_block
+
+        return cast_block(block, dtype)
+
+    return tensor.rowwise(cast_rows, dtype=dtype, history=f"cast to {dtype}")

@@ -1,0 +1,223 @@
+"""Operations and exams, declared once: a typed function with a docstring.
+
+From signature and docstring come the checks of its parameters, the options of the command line, the keys of a
+recipe, the JSON schema of recipes, and the reference page. An operation maps a Checkpoint to a Checkpoint and
+moves no data; an exam looks at one, and returns Findings.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, Union, get_args, get_origin, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
+
+from tensorsurgeon.checkpoint import Checkpoint, Step
+from tensorsurgeon.errors import UsageError, nearest, raise_all
+from tensorsurgeon.names import LayerSequence, format_layers, parse_layers
+from tensorsurgeon.sizes import parse_size
+
+P = ParamSpec("P")
+
+
+def _checked_by(parse: Callable[[Any], Any], schema: dict[str, Any]) -> tuple[BeforeValidator, WithJsonSchema]:
+    def check(value: Any) -> Any:
+        try:
+            return parse(value)
+        except UsageError as problem:
+            raise ValueError(str(problem)) from None
+
+    return BeforeValidator(check), WithJsonSchema(schema)
+
+
+_layers = _checked_by(
+    parse_layers,
+    {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]},
+)
+_size = _checked_by(parse_size, {"anyOf": [{"type": "string"}, {"type": "integer"}]})
+
+Layers = Annotated[LayerSequence, *_layers]
+"""A layer sequence, in its notation or as numbers."""
+Size = Annotated[int, *_size]
+"""A size in bytes, as a number or as text such as 5GB."""
+Count = Annotated[int, Field(ge=1)]
+"""A whole number from 1."""
+Glob = Annotated[str, Field(min_length=1)]
+"""A pattern for tensor names; commas separate alternatives."""
+Location = Annotated[str, Field(min_length=1)]
+"""Where a checkpoint lies, given to an exam that must see it even where it cannot be opened."""
+
+
+class Findings(NamedTuple):
+    """What an exam found: `tables` of rows by title, and `problems`, of which a sound checkpoint has none."""
+
+    tables: Mapping[str, list[dict[str, Any]]]
+    problems: tuple[str, ...] = ()
+
+
+class Parameter(NamedTuple):
+    """One parameter of an operation or exam."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+    @property
+    def required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def type(self) -> Any:
+        """The annotation without `Annotated` and `| None`."""
+        annotation = self.annotation
+        if get_origin(annotation) in (Union, types.UnionType):
+            (annotation,) = (part for part in get_args(annotation) if part is not type(None))
+        return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words it may be; empty where it is not a choice of words."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of an operation or exam: its name in recipes and on the command line, and its parameters."""
+
+    name: str
+    function: Callable[..., Any]
+    summary: str
+    description: str
+    parameters: tuple[Parameter, ...]
+    takes_location: bool = False
+
+    @cached_property
+    def model(self) -> type[BaseModel]:
+        """The pydantic model of its parameters."""
+        fields: dict[str, Any] = {
+            parameter.name: (
+                parameter.annotation,
+                Field(... if parameter.required else parameter.default, description=parameter.help),
+            )
+            for parameter in self.parameters
+        }
+        config = ConfigDict(extra="forbid", title=self.name)
+        return create_model(self.name, __config__=config, **fields)
+
+    def check(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters, parsed and with defaults.
+
+        Raises:
+            UsageError: with all that is wrong, and the nearest name for an unknown one.
+        """
+        given = {key.replace("-", "_"): value for key, value in parameters.items()}
+        try:
+            return dict(self.model(**given))
+        except ValidationError as problem:
+            raise UsageError(*(self._explain(error) for error in problem.errors())) from None
+
+    def _explain(self, error: Any) -> str:
+        key = str(error["loc"][0])
+        known = [parameter.name for parameter in self.parameters]
+        if error["type"] == "extra_forbidden":
+            return f"{self.name}: there is no parameter {key!r}.{nearest(key, known)}"
+        if error["type"] == "missing":
+            return f"{self.name}: {key} is missing."
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{self.name}: {message}" if message.startswith(f"{key}:") else f"{self.name}: {key}: {message}."
+
+    def recorded(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return checked parameters as they stand in a recipe: one spelling for one meaning, null left out."""
+        return {
+            key: format_layers(value) if isinstance(value, tuple) else value
+            for key, value in parameters.items()
+            if value is not None
+        }
+
+
+OPERATIONS: dict[str, Spec] = {}
+EXAMS: dict[str, Spec] = {}
+
+
+def operation(function: Callable[P, Checkpoint]) -> Callable[P, Checkpoint]:
+    """Declare an operation: its parameters are checked at each call, and the call is recorded as a step."""
+    spec = _declare(function, OPERATIONS)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Checkpoint:
+        ckpt, parameters = _bind(spec, args, kwargs)
+        changed = function(ckpt, **parameters)
+        return changed.replace(steps=(*ckpt.steps, Step(spec.name, spec.recorded(parameters))))
+
+    return call
+
+
+def exam(function: Callable[P, Findings]) -> Callable[P, Findings]:
+    """Declare an exam: its parameters are checked at each call."""
+    spec = _declare(function, EXAMS)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Findings:
+        model, parameters = _bind(spec, args, kwargs)
+        return function(model, **parameters)
+
+    return call
+
+
+def find_operation(name: str) -> Spec:
+    """Return an operation by its name in recipes.
+
+    Raises:
+        UsageError: with the nearest name, for an unknown one.
+    """
+    known = name.replace("_", "-")
+    if known not in OPERATIONS:
+        raise UsageError(f"there is no operation {name!r}.{nearest(known, OPERATIONS)}")
+    return OPERATIONS[known]
+
+
+def _declare(function: Callable[..., Any], registry: dict[str, Spec]) -> Spec:
+    description, arguments = _docstring(inspect.getdoc(function) or "")
+    hints = get_type_hints(function, include_extras=True)
+    subject, *signature = inspect.signature(function).parameters.values()
+    missing = [parameter.name for parameter in signature if parameter.name not in arguments]
+    raise_all(TypeError, (f"{function.__name__}: {name} has no help" for name in missing))  # type: ignore[arg-type]
+    parameters = tuple(Parameter(each.name, hints[each.name], each.default, arguments[each.name]) for each in signature)
+    name = function.__name__.replace("_", "-")
+    summary = description.split("\n\n")[0]
+    spec = Spec(name, function, summary, description, parameters, hints[subject.name] is Location)
+    registry[name] = spec
+    return spec
+
+
+def _bind(spec: Spec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the model that a call is about, and its other parameters, checked."""
+    if not args:
+        raise UsageError(f"{spec.name}: give the checkpoint first.")
+    names = [parameter.name for parameter in spec.parameters]
+    if len(args) - 1 > len(names):
+        raise UsageError(f"{spec.name}: takes {len(names)} parameters: {', '.join(names)}.")
+    return args[0], spec.check({**dict(zip(names, args[1:], strict=False)), **kwargs})
+
+
+def _docstring(text: str) -> tuple[str, dict[str, str]]:
+    """Return a Google-style docstring's description, and the help of each argument."""
+    head, *sections = re.split(r"^(Args|Returns|Raises):\n", text, flags=re.MULTILINE)
+    blocks = dict(zip(sections[::2], sections[1::2], strict=True))
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", blocks.get("Args", ""), flags=re.MULTILINE)
+    return head.strip(), {name: " ".join(words.split()) for name, words in entries}

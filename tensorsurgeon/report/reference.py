@@ -1,0 +1,39 @@
+"""The reference page of all operations and exams, read off their declarations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
+
+
+def reference_text() -> str:
+    """Return the reference as Markdown."""
+    parts = [
+        "### Operations",
+        *map(_section, OPERATIONS.values()),
+        "### Exams",
+        *map(_section, EXAMS.values()),
+    ]
+    return "\n\n".join(parts)
+
+
+def _section(spec: Spec) -> str:
+    operands = "MODEL" if spec.name in EXAMS else "SRC DEST"
+    lines = [f"#### `{spec.name} {operands}`", "", spec.description]
+    if spec.parameters:
+        lines += ["", "| parameter | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{each.name}` | {_default(each)} | {_meaning(each)} |" for each in spec.parameters]
+    return "\n".join(lines)
+
+
+def _default(parameter: Parameter) -> str:
+    if parameter.required:
+        return "required"
+    shown: Any = {None: "-", False: "no", True: "yes"}.get(parameter.default, f"`{parameter.default}`")
+    return str(shown)
+
+
+def _meaning(parameter: Parameter) -> str:
+    choices = f" One of {', '.join(f'`{choice}`' for choice in parameter.choices)}." if parameter.choices else ""
+    return parameter.help + choices

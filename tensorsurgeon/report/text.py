@@ -1,0 +1,80 @@
+"""Plans, findings and results as people read them in a terminal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from tensorsurgeon.plan import Plan
+from tensorsurgeon.registry import Findings
+from tensorsurgeon.sizes import format_size
+
+ROWS_SHOWN = 12
+"""Longer tables of shards are cut; --json has them whole."""
+
+
+def plan_text(plan: Plan, dest: Path) -> str:
+    """Return what writing the plan to `dest` will do."""
+    summary = plan.summary()
+    steps = [f"{name} {_parameters(values)}".strip() for step in summary["steps"] for name, values in step.items()]
+    place = next(parent for parent in (dest, *dest.absolute().parents) if parent.exists())
+    facts = {
+        "source": ", ".join(source.name for source in plan.checkpoint.sources),
+        "steps": "; ".join(steps) or "none",
+        "dest": str(dest),
+        "tensors": f"{summary['tensors']:,}: {summary['copied']:,} copied, {summary['computed']:,} computed",
+        "parameters": f"{summary['parameters']:,}",
+        "read": format_size(summary["bytes_to_read"]),
+        "write": f"{format_size(summary['bytes_to_write'])}, {format_size(shutil.disk_usage(place).free)} are free",
+        "memory": f"up to {format_size(summary['memory'])} for blocks of tensors",
+    }
+    lines = [as_list(facts), "", as_table(summary["shards"][:ROWS_SHOWN])]
+    lines += [f"and {len(summary['shards']) - ROWS_SHOWN} more shards"] if len(summary["shards"]) > ROWS_SHOWN else []
+    lines += [f"warning: {warning}" for warning in summary["warnings"]]
+    return "\n".join(lines)
+
+
+def written_text(plan: Plan, dest: Path, seconds: float) -> str:
+    """Return what was written, and how fast."""
+    rate = format_size(plan.size / seconds) if seconds else "-"
+    return f"wrote {dest}: {format_size(plan.size)} in {seconds:.1f} s ({rate}/s)"
+
+
+def findings_text(findings: Findings) -> str:
+    """Return the tables of an exam, a table of one row as lines of name and value, and its problems."""
+    parts = []
+    for title, rows in findings.tables.items():
+        shown = rows if title == "tensors" else rows[:ROWS_SHOWN]
+        text = as_list(rows[0]) if title == "model" else as_table(shown)
+        more = f"\nand {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
+        parts.append(text + more)
+    parts += ["\n".join(f"problem: {text}" for text in findings.problems)] if findings.problems else []
+    return "\n\n".join(parts)
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as an aligned table under their column names."""
+    shown = [{column: _shown(value) for column, value in row.items()} for row in rows]
+    alignment = ["right" if isinstance(value, int | float) else "left" for value in rows[0].values()] if rows else []
+    return tabulate(shown, headers="keys", tablefmt="simple", disable_numparse=True, colalign=alignment)
+
+
+def as_list(row: Mapping[str, Any]) -> str:
+    """Return one row as lines of name and value."""
+    return tabulate([(name, _shown(value)) for name, value in row.items()], tablefmt="plain", disable_numparse=True)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return "x".join(map(str, value)) or "scalar"
+    return str(value)
+
+
+def _parameters(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not False)

@@ -1,0 +1,159 @@
+"""LazyTensor: what a tensor is and where its bytes come from, without the bytes.
+
+A tensor is read a block of rows (of its first dimension) at a time, as little-endian bytes in C order. Which
+library computes on them is for the function that computes to choose: this module imports none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import lcm
+from typing import NamedTuple
+
+from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.format import Span, nbytes
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Block(NamedTuple):
+    """Some rows of a tensor in memory: `data` holds `shape` elements of `dtype`, little-endian, in C order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Buffer
+
+
+RowFunction = Callable[..., Block]
+"""Takes a Block of each input and returns the Block of output that belongs to them."""
+
+
+class Input(NamedTuple):
+    """An input of a computed tensor, one row of which goes with `rows` rows of the output."""
+
+    tensor: LazyTensor
+    rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A description of a tensor: dtype, shape, and either the `span` of a file or a function of `inputs`.
+
+    `grain` is the number of rows that can only be computed together; `history` tells what was done to the
+    bytes, with every parameter that changes them, and is empty for a tensor that nobody touched.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    span: Span | None = None
+    function: RowFunction | None = None
+    inputs: tuple[Input, ...] = ()
+    grain: int = 1
+    history: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; a scalar has one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return nbytes(self.dtype, self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.nbytes // self.rows if self.rows else 0
+
+    @property
+    def row_memory(self) -> int:
+        """Bytes of memory that computing one row takes: the row itself and, at every step, its inputs."""
+        return self.row_bytes + sum(-(-other.tensor.row_memory // other.rows) for other in self.inputs)
+
+    def spans(self) -> Iterator[Span]:
+        """Yield every span that has to be read to know this tensor."""
+        if self.span:
+            yield self.span
+        for other in self.inputs:
+            yield from other.tensor.spans()
+
+    def describe(self) -> str:
+        """Return a text that is the same for two tensors just where their bytes are computed alike."""
+        if self.span:
+            return f"{self.span.path.name}@{self.span.offset}+{self.span.nbytes}"
+        return f"{self.history}({', '.join(other.tensor.describe() for other in self.inputs)})"
+
+    def rowwise(
+        self,
+        function: RowFunction,
+        *others: LazyTensor,
+        dtype: str,
+        history: str,
+        grain: int = 1,
+    ) -> LazyTensor:
+        """Return a tensor of the same shape whose rows depend on the same rows of this one and of `others`.
+
+        An other with as many rows as this is read row for row; any other has one row for each `grain` rows of
+        this, as the scales of a block format have. Blocks given to `function` begin at a multiple of `grain`.
+
+        Raises:
+            ValueError: for an other whose rows fit neither way.
+        """
+        for other in others:
+            if other.rows not in (self.rows, -(-self.rows // grain)):
+                raise ValueError(f"{other.rows} rows do not go with {self.rows} rows in grains of {grain}.")
+        inputs = tuple(Input(other, 1 if other.rows == self.rows else grain) for other in (self, *others))
+        grains = (other.tensor.grain * other.rows for other in inputs)
+        return LazyTensor(
+            dtype, self.shape, function=function, inputs=inputs, grain=lcm(grain, *grains), history=history
+        )
+
+    def read(self, start: int = 0, stop: int | None = None) -> Block:
+        """Read or compute the rows from `start` up to but not including `stop`.
+
+        Raises:
+            CheckpointError: for a file that is shorter than its header said.
+        """
+        stop = self.rows if stop is None else stop
+        if self.span:
+            size = (stop - start) * self.row_bytes
+            data: Buffer = read_span(Span(self.span.path, self.span.offset + start * self.row_bytes, size))
+            return Block(self.dtype, self._shape_of(stop - start), data)
+        assert self.function
+        first = start // self.grain * self.grain
+        last = min(-(-stop // self.grain) * self.grain, self.rows)
+        block = self.function(*(other.read(first // rows, -(-last // rows)) for other, rows in self.inputs))
+        skipped, length = (start - first) * self.row_bytes, (stop - start) * self.row_bytes
+        return Block(self.dtype, self._shape_of(stop - start), memoryview(block.data)[skipped : skipped + length])
+
+    def blocks(self, memory: int) -> Iterator[tuple[int, int]]:
+        """Yield row ranges that cover the tensor, each as many whole grains as fit `memory` bytes, at least one."""
+        step = max(self.grain, memory // max(1, self.row_memory) // self.grain * self.grain)
+        for start in range(0, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+    def _shape_of(self, rows: int) -> tuple[int, ...]:
+        return (rows, *self.shape[1:]) if self.shape else ()
+
+
+def read_span(span: Span) -> bytearray:
+    """Read a span of a file into memory.
+
+    Raises:
+        CheckpointError: where the file ends before the span does.
+    """
+    data = bytearray(span.nbytes)
+    view, position = memoryview(data), 0
+    with open(span.path, "rb", buffering=0) as file:
+        while position < span.nbytes:
+            count = os.preadv(file.fileno(), [view[position:]], span.offset + position)
+            if count == 0:
+                raise CheckpointError(
+                    f"{span.path}: ends at byte {span.offset + position}, before byte "
+                    f"{span.offset + span.nbytes} that its header promised; it was changed while it was read."
+                )
+            position += count
+    return data
