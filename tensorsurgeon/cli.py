@@ -18,7 +18,7 @@ import click
 from tensorsurgeon import exams as exams
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
-from tensorsurgeon.errors import SurgeonError, nearest
+from tensorsurgeon.errors import SurgeonError, UsageError, nearest
 from tensorsurgeon.plan import make_plan
 from tensorsurgeon.recipe import Recipe, load_recipe, recipe_schema
 from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
@@ -126,17 +126,15 @@ def _write(
     recipe: Recipe,
     dry_run: bool,
     as_json: bool,
-    memory: str,
+    memory: int,
     threads: int | None,
-    shards: str | None,
+    shards: tuple[int, int] | None,
     overwrite: bool,
     quiet: bool,
-    max_shard_size: str | None = None,
+    max_shard_size: int | None = None,
 ) -> int:
-    size = parse_size(max_shard_size) if max_shard_size else recipe.max_shard_size
-    part = parse_part(shards) if shards else (1, 1)
     ckpt: Checkpoint = recipe.checkpoint()
-    plan = make_plan(ckpt, size, parse_size(memory), threads)
+    plan = make_plan(ckpt, max_shard_size or recipe.max_shard_size, memory, threads)
     dest = Path(recipe.dest)
     check_destination(plan, dest, overwrite)
     if dry_run:
@@ -145,14 +143,24 @@ def _write(
     if not quiet and not as_json:
         _print(plan_text(plan, dest))
     started = time.perf_counter()
-    receipt = write_plan(plan, dest, overwrite=overwrite, part=part, quiet=quiet or as_json)
+    receipt = write_plan(plan, dest, overwrite=overwrite, part=shards or (1, 1), quiet=quiet or as_json)
     seconds = time.perf_counter() - started
     if as_json:
         _print({"plan": plan.summary(), "receipt": receipt, "seconds": round(seconds, 3)})
     elif not quiet:
-        unfinished = f"wrote part {shards} of the shards; run without --shards to complete {dest}."
+        unfinished = f"wrote a part of the shards; run without --shards to complete {dest}."
         _print(written_text(plan, dest, seconds) if receipt else unfinished)
     return 0
+
+
+def _parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    def parsed(ctx: click.Context, param: click.Parameter, text: str | None) -> Any:
+        try:
+            return None if text is None else parse(text)
+        except UsageError as problem:
+            raise click.BadParameter(str(problem), ctx, param) from None
+
+    return parsed
 
 
 def _option(parameter: Parameter) -> click.Option:
@@ -177,13 +185,17 @@ def _json_option() -> click.Option:
 
 
 def _writing_options() -> list[click.Parameter]:
+    size = _parsed_by(parse_size)
     return [
         click.Option(["-n", "--dry-run"], is_flag=True, help="Print the plan and write nothing."),
         _json_option(),
-        click.Option(["--memory"], default="1GiB", show_default=True, help="Most memory for blocks of tensors."),
+        click.Option(["--memory"], callback=size, default="1GiB", show_default=True, metavar="SIZE",
+                     help="Most memory for blocks of tensors."),
         click.Option(["--threads"], type=click.IntRange(min=1), help="Threads at work.  [default: the cores]"),
-        click.Option(["--max-shard-size"], help="Most bytes of tensors in a shard.  [default: 5GB]"),
-        click.Option(["--shards"], metavar="I/N", help="Write only part I of N; a run without it completes the work."),
+        click.Option(["--max-shard-size"], callback=size, metavar="SIZE",
+                     help="Most bytes of tensors in a shard.  [default: 5GB]"),
+        click.Option(["--shards"], callback=_parsed_by(parse_part), metavar="I/N",
+                     help="Write only part I of N; a run without it completes the work."),
         click.Option(["--overwrite"], is_flag=True, help="Replace an earlier output, and unfinished work."),
         click.Option(["-q", "--quiet"], is_flag=True, help="Print no plan and show no progress."),
     ]  # fmt: skip

@@ -54,10 +54,11 @@ def parse(text: str) -> Document:
 
 
 def render(value: Any, like: str = "{\n  \n}") -> str:
-    """Return JSON in the style of the text `like`: its indent, its escapes, and its last line break."""
+    """Return JSON in the style of the text `like`: its indent, its escapes, and its line breaks."""
     indent = re.match(r"\s*\{\r?\n([ \t]+)", like)
     text = _render(value, indent[1] if indent else None, "", ascii_only=like.isascii())
-    return text + ("\n" if like.endswith("\n") else "")
+    text += "\n" if like.endswith("\n") else ""
+    return text.replace("\n", "\r\n") if "\r\n" in like else text
 
 
 def _integer(text: str) -> int | Spelled:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from math import prod
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +29,13 @@ BITS = {
 HEADER_LIMIT = 100_000_000
 """Longest header in bytes; the reference implementation refuses more, and so do vLLM and transformers."""
 
+COUNTABLE = 2**64
+"""Numbers in a header and bits of a tensor stay below; the reference implementation counts in 64 bits."""
+
 LENGTH_BYTES = 8
 ALIGNMENT = 8
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Span(NamedTuple):
@@ -60,9 +64,16 @@ class Header(NamedTuple):
     file_size: int
 
 
-def nbytes(dtype: str, shape: Iterable[int]) -> int:
+def nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Return the bytes of a tensor: `prod(shape) * bits / 8`; sub-byte dtypes must fill whole bytes."""
-    bits = prod(shape) * BITS[dtype]
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements >= COUNTABLE:
+            break
+    bits = elements * BITS[dtype]
+    if bits >= COUNTABLE:
+        raise FormatError(f"a {dtype} tensor of shape {list(shape)} is larger than any file.")
     if bits % 8:
         raise FormatError(f"a {dtype} tensor of shape {list(shape)} does not fill whole bytes.")
     return bits // 8
@@ -116,12 +127,18 @@ def is_plain_file_name(name: str) -> bool:
 
 
 def load_json(text: str, **options: Any) -> Any:
-    """Parse JSON and refuse a key that occurs twice, of which Python would keep the last in silence.
+    """Parse JSON and refuse what Python lets pass: a key that occurs twice, and half of a surrogate pair.
 
     Raises:
-        ValueError: for text that is not JSON, and for a duplicate key.
+        ValueError: for text that is not JSON, is nested too deeply, or has one of these faults.
     """
-    return json.loads(text, object_pairs_hook=_unique_keys, **options)
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, **options)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -157,8 +174,8 @@ def _header_text(path: Path, size: int, prefix: bytes, file: Any) -> bytes:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = load_json(text.decode())
-    except (ValueError, RecursionError) as problem:
+        header = load_json(text.decode(), parse_int=_whole)
+    except ValueError as problem:
         raise FormatError(f"{path.name}: the header is not valid JSON: {problem}.") from None
     assert isinstance(header, dict)
     return header
@@ -168,6 +185,11 @@ def _metadata(path: Path, value: Any) -> dict[str, str]:
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
     raise FormatError(f"{path.name}: '__metadata__' is not a map from strings to strings.")
+
+
+def _whole(text: str) -> int | float:
+    """Take `-0`, and what 64 bits do not hold, for a float, as the reference implementation does."""
+    return int(text) if text.isdigit() and float(text) < COUNTABLE else float(text)
 
 
 def _is_count(value: Any) -> bool:

@@ -22,7 +22,7 @@ LONGEST_SEQUENCE = 100_000
 
 DEEPEST_NESTING = 50
 
-_LAYER = re.compile(r"^(?P<prefix>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?P<prefix>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>0|[1-9]\d{0,5})\.(?P<rest>.+)$", re.ASCII)
 _NOT_THE_STACK = re.compile(r"vision|visual|audio|image|speech|qformer|perceiver|talker|code2wav|(^|\.)mtp")
 
 
@@ -113,9 +113,10 @@ def find_stack(names: Iterable[str], count: int | None = None, extra: int = 0) -
         raise CheckpointError(f"cannot tell which tensors are the decoder layers; numbered stacks found: {listed}.")
     ((prefix, found),) = chosen.items()
     present = max(found) + 1
-    missing = sorted(set(range(present)) - found)
+    missing = [layer for layer in range(present) if layer not in found]
     if missing:
-        raise CheckpointError(f"layers {missing} have no tensors under {prefix}N; the checkpoint is incomplete.")
+        listed = format_layers(missing)
+        raise CheckpointError(f"layers {listed} have no tensors under {prefix}N; the checkpoint is incomplete.")
     if count is None or present == count:
         return LayerStack(prefix, present)
     if present == count + extra:
@@ -170,10 +171,9 @@ class _SequenceParser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.position = 0
+        self.depth = 0
 
     def parse(self) -> LayerSequence:
-        if self.text.count("(") > DEEPEST_NESTING:
-            raise self._error(f"more than {DEEPEST_NESTING} brackets")
         layers = self._sequence()
         if self.position < len(self.text):
             raise self._error("expected a comma or the end")
@@ -198,9 +198,13 @@ class _SequenceParser:
 
     def _unit(self) -> list[int]:
         if self._take("("):
+            self.depth += 1
+            if self.depth > DEEPEST_NESTING:
+                raise self._error(f"more than {DEEPEST_NESTING} brackets inside each other")
             unit = self._sequence()
             if not self._take(")"):
                 raise self._error("expected a closing bracket")
+            self.depth -= 1
             return unit
         first = self._number("a layer number")
         if not self._take("-"):

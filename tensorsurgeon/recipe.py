@@ -61,8 +61,11 @@ def load_recipe(path: str | Path, settings: Iterable[str] = ()) -> Recipe:
     steps = data.get("steps") if isinstance(data, dict) else None
     if isinstance(steps, list):
         steps[:] = map(_spelled_out, steps)
-    for setting in settings:
-        _set(data, setting)
+    for setting in settings if isinstance(data, dict) else ():
+        try:
+            _set(data, setting)
+        except UsageError as problem:
+            reader.problems += problem.problems
     return _recipe(data, reader)
 
 
@@ -104,19 +107,29 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads what looks like a date as text: a model may well be named after a day."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class _Reader:
     """Reads YAML and remembers the line of each value, for the errors."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.lines: dict[tuple[Any, ...], int] = {}
+        self.problems: list[str] = []
 
     def read(self, text: str) -> Any:
         try:
-            loader = yaml.SafeLoader(text)
+            loader = _Loader(text)
             node = loader.get_single_node()
             return self._value(loader, node, ()) if node else None
-        except (yaml.YAMLError, RecursionError) as problem:
+        except (yaml.YAMLError, ValueError, RecursionError) as problem:
             raise UsageError(f"{self.name}: is not YAML: {problem}") from None
 
     def at(self, *path: Any) -> str:
@@ -124,33 +137,39 @@ class _Reader:
         return f"{self.name}:{self.lines[path]}" if path in self.lines else self.name
 
     def _value(self, loader: yaml.SafeLoader, node: yaml.Node, path: tuple[Any, ...]) -> Any:
-        self.lines[path] = node.start_mark.line + 1
-        if isinstance(node, yaml.MappingNode):
-            mapping: dict[Any, Any] = {}
-            for key_node, value_node in node.value:
-                key = loader.construct_object(key_node, deep=True)
-                if not isinstance(key, str):
-                    raise UsageError(f"{self.name}:{key_node.start_mark.line + 1}: the key {key!r} is not a word.")
-                if key in mapping:
-                    raise UsageError(f"{self.name}:{key_node.start_mark.line + 1}: the key {key!r} occurs twice.")
-                mapping[key] = self._value(loader, value_node, (*path, key))
-            return mapping
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.ScalarNode):
+            return loader.construct_object(node)
+        if node.tag not in (loader.DEFAULT_MAPPING_TAG, loader.DEFAULT_SEQUENCE_TAG):
+            self.problems.append(f"{self.at(*path)}: the tag {node.tag!r} is refused; a recipe holds plain data.")
         if isinstance(node, yaml.SequenceNode):
             return [self._value(loader, item, (*path, place)) for place, item in enumerate(node.value)]
-        return loader.construct_object(node)
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                self.problems.append(f"{self.name}:{line}: the key {key!r} is not a word.")
+            elif key in mapping:
+                self.problems.append(f"{self.name}:{line}: the key {key!r} occurs twice.")
+            else:
+                self.lines[*path, key] = line
+                mapping[key] = self._value(loader, value_node, (*path, key))
+        return mapping
 
 
 def _recipe(data: Any, reader: _Reader) -> Recipe:
     if not isinstance(data, Mapping):
-        raise UsageError(f"{reader.name}: a recipe has the keys {', '.join(KEYS)}.")
-    problems = [
-        f"{reader.at(key)}: there is no key {key!r} in a recipe.{nearest(key, KEYS)}" for key in data if key not in KEYS
+        raise UsageError(*reader.problems, f"{reader.name}: a recipe has the keys {', '.join(KEYS)}.")
+    problems = reader.problems + [
+        f"{reader.at(key)}: there is no key {key!r} in a recipe.{nearest(str(key), KEYS)}"
+        for key in data
+        if key not in KEYS
     ]
     for key in ("source", "dest"):
         if not isinstance(data.get(key), str) or not data[key]:
             problems.append(f"{reader.at(key)}: {key} is missing, or is not a text.")
-    steps = data.get("steps") or []
-    if not isinstance(steps, list):
+    steps = [] if data.get("steps") is None else data["steps"]
+    if not isinstance(steps, list | tuple):
         problems.append(f"{reader.at('steps')}: steps are a list.")
         steps = []
     parsed = [_step(item, reader, place, problems) for place, item in enumerate(steps)]
@@ -166,7 +185,7 @@ def _recipe(data: Any, reader: _Reader) -> Recipe:
 def _step(item: Any, reader: _Reader, place: int, problems: list[str]) -> Step | None:
     where = reader.at("steps", place)
     item = _spelled_out(item)
-    if not isinstance(item, Mapping) or len(item) != 1:
+    if not isinstance(item, Mapping) or len(item) != 1 or not all(isinstance(name, str) for name in item):
         problems.append(f"{where}: a step is the name of an operation, or that name with its parameters.")
         return None
     name, parameters = next(iter(item.items()))
@@ -177,7 +196,7 @@ def _step(item: Any, reader: _Reader, place: int, problems: list[str]) -> Step |
         find_operation(name).check(parameters)
     except UsageError as problem:
         problems += [f"{where}: {text}" for text in problem.problems]
-    return Step(name, parameters)
+    return Step(name, dict(parameters))
 
 
 def _set(data: Any, setting: str) -> None:
@@ -194,8 +213,10 @@ def _set(data: Any, setting: str) -> None:
         else:
             place = place.get(key) if isinstance(place, dict) else None
     if not isinstance(place, dict):
-        raise UsageError(f"--set {setting!r}: the recipe has no {'.'.join(parents)}.")
-    place[last] = yaml.safe_load(text)
+        raise UsageError(f"--set {setting!r}: the recipe has no such place; write it as steps.1.layers=10-12.")
+    reader = _Reader(f"--set {setting!r}")
+    place[last] = reader.read(text)
+    raise_all(UsageError, reader.problems)
 
 
 def _spelled_out(step: Any) -> Any:

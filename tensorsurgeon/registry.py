@@ -8,6 +8,7 @@ moves no data; an exam looks at one, and returns Findings.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ def _checked_by(parse: Callable[[Any], Any], schema: dict[str, Any]) -> tuple[Be
             return parse(value)
         except UsageError as problem:
             raise ValueError(str(problem)) from None
+        except TypeError:
+            raise ValueError(f"{value!r} is of no type that it may have") from None
 
     return BeforeValidator(check), WithJsonSchema(schema)
 
@@ -125,7 +128,7 @@ class Spec:
         Raises:
             UsageError: with all that is wrong, and the nearest name for an unknown one.
         """
-        given = {key.replace("-", "_"): value for key, value in parameters.items()}
+        given = {str(key).replace("-", "_"): value for key, value in parameters.items()}
         try:
             return dict(self.model(**given))
         except ValidationError as problem:
@@ -209,10 +212,15 @@ def _bind(spec: Spec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     """Return the model that a call is about, and its other parameters, checked."""
     if not args:
         raise UsageError(f"{spec.name}: give the checkpoint first.")
+    if not isinstance(args[0], (str, os.PathLike) if spec.takes_location else Checkpoint):
+        wanted = "a directory or hub id" if spec.takes_location else "a Checkpoint, as tensorsurgeon.open gives"
+        raise UsageError(f"{spec.name}: the first argument is {type(args[0]).__name__}, not {wanted}.")
     names = [parameter.name for parameter in spec.parameters]
     if len(args) - 1 > len(names):
         raise UsageError(f"{spec.name}: takes {len(names)} parameters: {', '.join(names)}.")
-    return args[0], spec.check({**dict(zip(names, args[1:], strict=False)), **kwargs})
+    placed = dict(zip(names, args[1:], strict=False))
+    raise_all(UsageError, (f"{spec.name}: {name} is given twice." for name in placed if name in kwargs))
+    return args[0], spec.check({**placed, **kwargs})
 
 
 def _docstring(text: str) -> tuple[str, dict[str, str]]:

@@ -84,7 +84,8 @@ class LazyTensor:
         """Return a text that is the same for two tensors just where their bytes are computed alike."""
         if self.span:
             return f"{self.span.path.name}@{self.span.offset}+{self.span.nbytes}"
-        return f"{self.history}({', '.join(other.tensor.describe() for other in self.inputs)})"
+        inputs = ", ".join(f"{other.tensor.describe()}/{other.rows}" for other in self.inputs)
+        return f"{self.history}: {self.dtype}({inputs})"
 
     def rowwise(
         self,
@@ -115,25 +116,29 @@ class LazyTensor:
         """Read or compute the rows from `start` up to but not including `stop`.
 
         Raises:
-            CheckpointError: for a file that is shorter than its header said.
+            CheckpointError: for a file that is shorter than its header said, and for rows of a sub-byte dtype
+                that neither begin nor end with a byte.
         """
         stop = self.rows if stop is None else stop
         if self.span:
-            size = (stop - start) * self.row_bytes
-            data: Buffer = read_span(Span(self.span.path, self.span.offset + start * self.row_bytes, size))
+            skipped = self._bytes_of(start)
+            data: Buffer = read_span(Span(self.span.path, self.span.offset + skipped, self._bytes_of(stop) - skipped))
             return Block(self.dtype, self._shape_of(stop - start), data)
         assert self.function
         first = start // self.grain * self.grain
         last = min(-(-stop // self.grain) * self.grain, self.rows)
         block = self.function(*(other.read(first // rows, -(-last // rows)) for other, rows in self.inputs))
-        skipped, length = (start - first) * self.row_bytes, (stop - start) * self.row_bytes
-        return Block(self.dtype, self._shape_of(stop - start), memoryview(block.data)[skipped : skipped + length])
+        data = memoryview(block.data)[self._bytes_of(start - first) : self._bytes_of(stop - first)]
+        return Block(self.dtype, self._shape_of(stop - start), data)
 
     def blocks(self, memory: int) -> Iterator[tuple[int, int]]:
         """Yield row ranges that cover the tensor, each as many whole grains as fit `memory` bytes, at least one."""
         step = max(self.grain, memory // max(1, self.row_memory) // self.grain * self.grain)
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)
+
+    def _bytes_of(self, rows: int) -> int:
+        return nbytes(self.dtype, self._shape_of(rows)) if self.shape or rows else 0
 
     def _shape_of(self, rows: int) -> tuple[int, ...]:
         return (rows, *self.shape[1:]) if self.shape else ()

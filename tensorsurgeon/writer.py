@@ -127,22 +127,20 @@ def _receipt(plan: Plan, digests: Mapping[str, str]) -> dict[str, Any]:
 def _prepare(plan: Plan, partial: Path, overwrite: bool) -> None:
     """Make DEST.partial, or go on with one that belongs to the same plan."""
     note = partial / "plan.json"
-    if partial.exists():
-        found = json.loads(note.read_bytes())["digest"] if note.exists() else None
-        if found == plan.digest and (partial / "checkpoint").exists():
-            _require_space(plan, partial)
-            return
-        if not overwrite and (found or any(partial.iterdir())):
+    begun = json.loads(note.read_bytes())["digest"] if note.exists() else None
+    if begun != plan.digest and partial.exists():
+        unmarked = begun is None and all(path.name.startswith(".plan.json") for path in partial.iterdir())
+        if not overwrite and not unmarked:
             raise DestinationError(
                 f"{partial}: is unfinished work of another plan; finish it with the command that began it, "
                 "remove it, or start anew with --overwrite."
             )
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
     _require_space(plan, partial)
-    (partial / "checkpoint").mkdir()
-    (partial / "done").mkdir()
     _write_side_file(note, json.dumps({"tensorsurgeon": __version__, "digest": plan.digest}).encode())
+    (partial / "checkpoint").mkdir(exist_ok=True)
+    (partial / "done").mkdir(exist_ok=True)
 
 
 def _require_space(plan: Plan, partial: Path) -> None:

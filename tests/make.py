@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 BLOCK = (128, 128)
 
@@ -153,3 +154,50 @@ def fp8(
     """Write a block-FP8 checkpoint, each scale in another shard than its weight."""
     made = quantized(tensors(layers), block, scale_dtype, skipped)
     return save(directory, made, config(layers, quantization_config=fp8_settings(block, skipped), **changes), shards)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return every file of a directory, by its path in it."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def read(directory: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint directory, as the safetensors library reads them."""
+    read: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        read |= load_file(file)
+    return read
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes, so that NaN compares equal to itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Tell whether two sets of tensors are equal bit for bit."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype
+        and one[name].shape == other[name].shape
+        and torch.equal(bits(one[name]), bits(other[name]))
+        for name in one
+    )
+
+
+def sparse(directory: Path, described: Mapping[str, tuple[str, list[int]]], settings: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of zeros that takes no room on the disk."""
+    directory.mkdir(parents=True)
+    header, end = {}, 0
+    for name, (dtype, shape) in described.items():
+        begin, end = end, end + math.prod(shape) * {"BF16": 2, "F32": 4, "F8_E4M3": 1}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (directory / "config.json").write_text(json.dumps(settings))
+    return directory

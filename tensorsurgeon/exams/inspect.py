@@ -48,15 +48,17 @@ def inspect(ckpt: Checkpoint, tensors: Glob | None = None) -> Findings:
 def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
     config = ckpt.config.value
     settings = quantization_config(config)
+    architectures = config.get("architectures")
     total = sum(tensor.nbytes for tensor in ckpt.tensors.values())
     described = companions(ckpt.tensors)
     quantization = format_name(ckpt.tensors) or "none"
     if settings:
         block = settings.get("weight_block_size")
-        quantization = f"{settings.get('quant_method')}" + (f", blocks of {block[0]}x{block[1]}" if block else "")
+        quantization = f"{settings.get('quant_method')}"
+        quantization += f", blocks of {'x'.join(map(str, block))}" if isinstance(block, list) else ""
     return {
         "name": ckpt.sources[0].name,
-        "architecture": ", ".join(config.get("architectures") or []) or "-",
+        "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures or "-",
         "model type": config.get("model_type") or "-",
         "parameters": sum(prod(tensor.shape) for name, tensor in ckpt.tensors.items() if name not in described),
         "dtype": ckpt.text_config.get("dtype") or ckpt.text_config.get("torch_dtype") or "-",

@@ -17,7 +17,9 @@ SHOWN = 5
 
 def model_class(config: Mapping[str, Any]) -> Any:
     """Return the class that the config names, or None where transformers does not have it."""
-    return getattr(transformers, (config.get("architectures") or [""])[0], None)
+    architectures = config.get("architectures")
+    named = isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
+    return getattr(transformers, architectures[0], None) if named else None
 
 
 def load_problems(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:

@@ -12,8 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tensorsurgeon.checkpoint import COUNT_KEYS, INDEX, RECEIPT, Checkpoint, find_directory, open_checkpoint
+from tensorsurgeon.checkpoint import COUNT_KEYS, INDEX, RECEIPT, SINGLE, Checkpoint, find_directory, open_checkpoint
 from tensorsurgeon.config import layer_shapes, quantization_config
+from tensorsurgeon.document import render
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import load_json
 from tensorsurgeon.progress import Advance, progress_bar
@@ -48,7 +49,7 @@ def verify(model: Location, deep: bool = False) -> Findings:
         return Findings({"checks": [_row("headers and index", problem.problems)]}, problem.problems)
     directory = find_directory(model)
     checks: dict[str, Callable[[], Problems]] = {
-        "headers and index": lambda: iter(ckpt.warnings),
+        "headers and index": lambda: _unlisted(ckpt, directory),
         "stray weights": lambda: _strays(ckpt, directory),
         "layers": lambda: _layers(ckpt),
         "quantisation": lambda: _quantization(ckpt),
@@ -69,17 +70,30 @@ def verify(model: Location, deep: bool = False) -> Findings:
 
 
 def _row(name: str, problems: Sequence[str]) -> dict[str, Any]:
-    return {"check": name, "result": f"{len(problems)} problems" if problems else "ok"}
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return {"check": name, "result": count if problems else "ok"}
+
+
+def _unlisted(ckpt: Checkpoint, directory: Path) -> Problems:
+    """Find tensors that the index does not list: whether they are loaded depends on the reader."""
+    if (directory / INDEX).exists():
+        listed = load_json((directory / INDEX).read_bytes().decode())["weight_map"]
+        for name, tensor in ckpt.tensors.items():
+            if name not in listed:
+                file = tensor.span.path.name if tensor.span else ""
+                yield f"{INDEX}: does not list {name!r}, which {file} holds; some engines load it all the same."
 
 
 def _strays(ckpt: Checkpoint, directory: Path) -> Problems:
     """Find weights that do not belong: without an index engines load them all, later ones winning."""
     known = set(ckpt.sources[0].headers)
     for file in sorted(directory.glob("*.safetensors")):
-        if file.name not in known:
+        if file.name in known:
+            continue
+        if file.name == SINGLE:
+            yield f"{SINGLE}: lies beside {INDEX}; which of the two is the model depends on the reader."
+        else:
             yield f"{file.name}: is not part of the model; some engines load it all the same. Remove it."
-    if (directory / INDEX).exists() and (directory / "model.safetensors").exists() and "model.safetensors" not in known:
-        yield f"model.safetensors: lies beside {INDEX}; which of the two is the model depends on the reader."
 
 
 def _layers(ckpt: Checkpoint) -> Problems:
@@ -94,6 +108,9 @@ def _layers(ckpt: Checkpoint) -> Problems:
         if isinstance(config.get(key), int) and config[key] != stack.count:
             yield f"config.json: {key} is {config[key]}, but there are tensors of {stack.count} layers."
     types = config.get("layer_types") or []
+    if not isinstance(types, list):
+        yield f"config.json: layer_types is {types!r}, not a list."
+        types = []
     if types and len(types) not in (stack.count, stack.count + stack.extra):
         yield f"config.json: layer_types has {len(types)} entries for {stack.count} layers."
         types = []
@@ -101,7 +118,7 @@ def _layers(ckpt: Checkpoint) -> Problems:
     kinds: dict[Any, list[int]] = defaultdict(list)
     for layer in range(stack.count):
         experts = any(".experts." in rest for rest, _ in shapes[layer])
-        kinds[(types[layer] if types else "", experts)].append(layer)
+        kinds[(str(types[layer]) if types else "", experts)].append(layer)
     for (kind, _), members in kinds.items():
         usual, count = Counter(shapes[layer] for layer in members).most_common(1)[0]
         if 2 * count <= len(members):
@@ -111,7 +128,10 @@ def _layers(ckpt: Checkpoint) -> Problems:
 
 
 def _unlike(layer: int, shapes: frozenset[Any], usual: frozenset[Any], others: str) -> Problems:
+    """Tell what a layer lacks or has too much; one with tensors of its own in place of others is another kind."""
     here, there = dict(shapes), dict(usual)
+    if here.keys() - there.keys() and there.keys() - here.keys():
+        return
     for rest in sorted(there.keys() - here.keys()):
         yield f"layer {layer}: lacks {rest}, which {others} have."
     for rest in sorted(here.keys() - there.keys()):
@@ -128,16 +148,15 @@ def _quantization(ckpt: Checkpoint) -> Problems:
         yield f"config.json: has no quantization_config, but {len(quantized)} tensors are quantised: {quantized[0]!r}."
     if settings and not quantized:
         yield "config.json: has a quantization_config, but no tensor is quantised."
-    if settings.get("quant_method") == "fp8" or any(ckpt[name].dtype == "F8_E4M3" for name in quantized):
+    if "weight_block_size" in settings or any(name.endswith(fp8_block.SCALE) for name in quantized):
         block, problems = fp8_block.block_size(settings)
-        if settings.get("quant_method") == "fp8":
-            yield from problems
-            yield from fp8_block.find(ckpt.tensors, block).problems
-        else:
-            described = set(companions(ckpt.tensors).values())
-            for name in quantized:
-                if ckpt[name].dtype == "F8_E4M3" and name.removesuffix(".weight") not in described:
-                    yield f"{name}: is F8_E4M3 without a scale."
+        yield from problems if settings else ()
+        yield from fp8_block.find(ckpt.tensors, block).problems
+    else:
+        described = set(companions(ckpt.tensors).values())
+        for name in quantized:
+            if ckpt[name].dtype == "F8_E4M3" and name.removesuffix(".weight") not in described:
+                yield f"{name}: is F8_E4M3 without a scale."
 
 
 def _receipt(directory: Path) -> Problems:
@@ -145,9 +164,10 @@ def _receipt(directory: Path) -> Problems:
     if not (directory / RECEIPT).exists():
         raise Skipped("there is no receipt")
     try:
-        receipt = load_json((directory / RECEIPT).read_bytes().decode())
+        text = (directory / RECEIPT).read_bytes().decode()
+        receipt = load_json(text)
         files = {str(name): str(entry["sha256"]) for name, entry in receipt["files"].items()}
-        sealed = receipt["seal"] == seal(receipt)
+        sealed = receipt["seal"] == seal(receipt) and text == render(receipt) + "\n"
     except (ValueError, KeyError, TypeError, AttributeError):
         yield f"{RECEIPT}: is damaged."
         return

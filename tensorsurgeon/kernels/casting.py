@@ -7,6 +7,9 @@ import torch
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.tensor import Block
 
+CHUNK = 2**18
+"""Elements rounded at once: temporary tensors stay in the cache, and out of the memory's account."""
+
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -19,8 +22,10 @@ def cast_block(block: Block, dtype: str) -> Block:
     if not len(block.data):
         return Block(dtype, block.shape, b"")
     numbers = torch.frombuffer(block.data, dtype=TORCH[block.dtype])
-    rounded = numbers.to(TORCH[dtype])
-    if torch.isinf(rounded).any() and not torch.equal(torch.isinf(rounded), torch.isinf(numbers)):
-        largest = numbers[torch.isfinite(numbers)].abs().max().item()
-        raise RefusedError(f"holds {largest:g}, which does not fit {dtype}; choose a wider dtype for it.")
+    rounded = torch.empty(len(numbers), dtype=TORCH[dtype])
+    for part, result in zip(numbers.split(CHUNK), rounded.split(CHUNK), strict=True):
+        result.copy_(part)
+        overflown = torch.isinf(result) & ~torch.isinf(part)
+        if overflown.any():
+            raise RefusedError(f"holds {part[overflown][0].item():g}, which does not fit {dtype}.")
     return Block(dtype, block.shape, rounded.view(torch.uint8).numpy().data)

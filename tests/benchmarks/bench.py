@@ -1,0 +1,460 @@
+"""Measure tensorsurgeon against the plainest way to get the same bytes.
+
+    python tests/benchmarks/bench.py all
+    python tests/benchmarks/bench.py select-layers --runs 7 --json figures.json
+
+Where there is something to compare with, runs alternate, ours and the other, and the ratio is taken pair by pair:
+what else the machine does then weighs on both. Every run is a process of its own, start and imports included.
+Only files under --scratch are written; they take up to 20 GB and are removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import synthetic
+from synthetic import Qwen3
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 2**20
+COMMAND = [sys.executable, "-m", "tensorsurgeon"]
+IMPORTS = {
+    "select-layers": "import tensorsurgeon.cli",
+    "dequantize": "import tensorsurgeon.cli, tensorsurgeon.kernels.fp8",
+}
+"""What each command imports: the floor under its peak memory."""
+
+LAUNCHER = """
+import json, os, sys, time
+quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+begin = time.perf_counter()
+child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet)
+_, status, used = os.wait4(child, 0)
+wall = time.perf_counter() - begin
+code = os.waitstatus_to_exitcode(status)
+print(json.dumps([code, wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+"""
+"""Starts a child from a small process: Linux counts the memory of the process it was forked from as the child's."""
+
+
+class Run(NamedTuple):
+    """What a process took: seconds of wall time, seconds of CPU time (user and system), peak resident bytes."""
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+class Figure(NamedTuple):
+    """One thing measured in several runs, beside something else where `theirs` is given.
+
+    `limit` is the most that the median may be: of the ratios ours/theirs, or of ours.
+    """
+
+    name: str
+    unit: str
+    ours: list[float]
+    theirs: list[float]
+    limit: float | None = None
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours by theirs, pair by pair."""
+        return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=False)]
+
+    @property
+    def judged(self) -> list[float]:
+        """The numbers that the limit is for."""
+        return self.ratios if self.theirs else self.ours
+
+    @property
+    def met(self) -> bool:
+        """Whether the median is within the limit, where there is one."""
+        return self.limit is None or statistics.median(self.judged) <= self.limit
+
+    def row(self) -> list[str]:
+        """Return the cells of the figure's line in a table."""
+        cells = [self.name, self.unit, spread(self.ours), spread(self.theirs)]
+        if self.limit is None:
+            return [*cells, spread(self.ratios), "", ""]
+        return [*cells, spread(self.ratios), f"<= {self.limit:g}", "yes" if self.met else "**no**"]
+
+
+HEADINGS = ["measured", "unit", "tensorsurgeon", "other", "ratio", "target", "met"]
+
+
+class Setup(NamedTuple):
+    """Where and how often to measure, and the models: BF16, FP8, and the sizes of one large tensor."""
+
+    scratch: Path
+    runs: int = 5
+    plain: Qwen3 = Qwen3(layers=18)
+    fp8: Qwen3 = Qwen3(layers=24)
+    shard_size: int = 1_500_000_000
+    large_rows: int = 262144
+
+
+def spread(values: list[float]) -> str:
+    """Return the median and, of several, the least and the largest."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.3g}"
+    return f"{statistics.median(values):.3g} ({min(values):.3g} - {max(values):.3g})"
+
+
+def run(command: list[str]) -> Run:
+    """Run a command, its output thrown away, and return what it took.
+
+    Raises:
+        RuntimeError: where it fails, with what it said.
+    """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
+    done = subprocess.run(launcher, env=environment, capture_output=True, text=True, check=True)
+    code, wall, cpu, peak = json.loads(done.stdout)
+    if code:
+        raise RuntimeError(f"{' '.join(command)}: exit status {code}\n{done.stderr}")
+    return Run(wall, cpu, peak)
+
+
+def alternate(runs: int, ours: Callable[[], Run], theirs: Callable[[], Run]) -> tuple[list[Run], list[Run]]:
+    """Run ours, theirs, ours, theirs and so on."""
+    pairs = [(ours(), theirs()) for _ in range(runs)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def surgeon(*arguments: object) -> list[str]:
+    """Return a command line of tensorsurgeon."""
+    return [*COMMAND, *map(str, arguments)]
+
+
+def prepare(dest: Path, source: Path) -> None:
+    """Remove what the last run wrote, let the disk come to rest, and read the source into the page cache."""
+    shutil.rmtree(dest, ignore_errors=True)
+    subprocess.run(["sync"], check=True)
+    buffer = bytearray(8 * MIB)
+    for path in source.iterdir():
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+@contextmanager
+def workplace(setup: Setup) -> Iterator[Path]:
+    """Yield an empty directory that is removed in the end."""
+    with tempfile.TemporaryDirectory(dir=setup.scratch, prefix="bench-") as directory:
+        yield Path(directory)
+
+
+def measure_select_layers(setup: Setup) -> list[Figure]:
+    """Compare the re-indexing of a BF16 model with `cp -r` and `sync` of the files that come of it."""
+    half = setup.plain.layers // 2
+    sequence = [*range(half), *range(setup.plain.layers - 1, half - 1, -1)]
+    layers = f"0-{half - 1},{setup.plain.layers - 1}-{half}"
+    with workplace(setup) as place:
+        source, output, dest = place / "source", place / "output", place / "dest"
+        synthetic.write(source, setup.plain.shapes(), setup.plain.config(), setup.shard_size)
+        options = ["--layers", layers, "--max-shard-size", setup.shard_size, "--quiet"]
+        run(surgeon("select-layers", source, output, *options))
+        check_reordered(source, output, sequence)
+        copying = ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(output), str(dest)]
+
+        def ours() -> Run:
+            prepare(dest, source)
+            return run(surgeon("select-layers", source, dest, *options))
+
+        def theirs() -> Run:
+            prepare(dest, output)
+            return run(copying)
+
+        mine, other = alternate(setup.runs, ours, theirs)
+        size = directory_size(output) / 1e9
+    title = f"select-layers, {size:.2f} GB, with cp -r and sync"
+    return [
+        Figure(f"{title}: wall", "s", [it.wall for it in mine], [it.wall for it in other], 1.15),
+        Figure(f"{title}: CPU", "s", [it.cpu for it in mine], [it.cpu for it in other]),
+    ]
+
+
+def measure_dequantize(setup: Setup) -> list[Figure]:
+    """Compare the decoding of block FP8 with the formula in torch, and with its own phases one after the other."""
+    with workplace(setup) as place:
+        source, dest = place / "source", place / "dest"
+        shapes = synthetic.in_fp8(setup.fp8.shapes())
+        synthetic.write(source, shapes, synthetic.fp8_config(setup.fp8.config()), setup.shard_size)
+        reference = helper("reference", source, dest)
+        check_decoded(source, place)
+
+        def ours() -> Run:
+            prepare(dest, source)
+            return run(surgeon("dequantize", source, dest, "--quiet"))
+
+        def theirs() -> Run:
+            prepare(dest, source)
+            return run(reference)
+
+        mine, other = alternate(setup.runs, ours, theirs)
+        serial = [phases(source, dest) for _ in range(setup.runs)]
+        codes = sum(synthetic.nbytes(*it) for it in shapes.values() if it[0] == "F8_E4M3") / 1e9
+    walls, cpus = [it.wall for it in mine], [it.cpu for it in mine]
+    title = f"dequantize, {codes:.2f} GB of codes"
+    return [
+        Figure(f"{title}, with torch: CPU", "s", cpus, [it.cpu for it in other], 0.5),
+        Figure(f"{title}, with torch: wall", "s", walls, [it.wall for it in other]),
+        Figure(f"{title}: cores in use", "", [it.cpu / it.wall for it in mine], []),
+        Figure(f"{title}, with its phases in turn: wall", "s", walls, [sum(it.values()) for it in serial], 1),
+        *(Figure(f"{title}, phase by itself: {name}", "s", [it[name] for it in serial], []) for name in serial[0]),
+    ]
+
+
+def phases(source: Path, dest: Path) -> dict[str, float]:
+    """Return the seconds that each phase of `dequantize` takes when the next only begins after it."""
+    prepare(dest, source)
+    done = subprocess.run(helper("phases", source, dest), capture_output=True, check=True)
+    return {name: float(seconds) for name, seconds in json.loads(done.stdout).items()}
+
+
+def measure_memory(setup: Setup) -> list[Figure]:
+    """Measure the peak memory above that of the imports, on models that hold one large tensor."""
+    plain, fp8 = Qwen3(4, 512, 1024, 4, 1, 1024), Qwen3(4, 512, 1024, 4, 1, 1024)
+    large = {"model.embed_tokens.weight": ("BF16", (setup.large_rows, 4096))}
+    coded = synthetic.fp8_linear("model.layers.0.mlp.gate_proj", setup.large_rows, 8192)
+    figures = []
+    with workplace(setup) as place:
+        source, dest = place / "source", place / "dest"
+        for command, shapes, config, options in (
+            ("select-layers", {**plain.shapes(), **large}, plain.config(), ("--layers", "0,1,3,2")),
+            ("dequantize", synthetic.in_fp8(fp8.shapes()) | coded, synthetic.fp8_config(fp8.config()), ()),
+        ):
+            shutil.rmtree(source, ignore_errors=True)
+            synthetic.write(source, shapes, config, setup.shard_size, sparse=True)
+            peaks = []
+            for _ in range(setup.runs):
+                prepare(dest, source)
+                floor = run([sys.executable, "-c", IMPORTS[command]]).peak
+                peaks.append((run(surgeon(command, source, dest, *options, "--quiet")).peak - floor) / MIB)
+            largest = max(synthetic.nbytes(*it) for it in shapes.values()) / MIB
+            figures.append(Figure(f"{command}, a tensor of {largest:.0f} MiB: memory", "MiB", peaks, [], 1024))
+    return figures
+
+
+def measure_headers(setup: Setup) -> list[Figure]:
+    """Measure what only reads headers, on a model as large as DeepSeek-V3 and on a small one."""
+    figures = []
+    with workplace(setup) as place:
+        source, small, dest = place / "deepseek", place / "small", place / "dest"
+        write_deepseek_v3(source)
+        for arguments in (
+            ("inspect", source),
+            ("dequantize", source, dest, "--dry-run"),
+            ("drop-layers", source, dest, "--layers", "10-19", "--dry-run"),
+        ):
+            done = [run(surgeon(*arguments)) for _ in range(setup.runs)]
+            title = f"{arguments[0]}{' --dry-run' * ('--dry-run' in arguments)}, DeepSeek-V3"
+            figures.append(Figure(f"{title}: wall", "s", [it.wall for it in done], [], 5))
+            figures.append(Figure(f"{title}: peak memory", "MB", [it.peak / 1e6 for it in done], [], 400))
+        tiny = Qwen3(4, 256, 768, 4, 1, 1024)
+        synthetic.write(small, tiny.shapes(), tiny.config(), setup.shard_size)
+        done = [run(surgeon("inspect", small)) for _ in range(setup.runs)]
+        figures.append(Figure("inspect, a small model: wall", "s", [it.wall for it in done], [], 0.4))
+    return figures
+
+
+def write_deepseek_v3(directory: Path) -> Path:
+    """Write a checkpoint with the names, shapes and number of shards of DeepSeek-V3, all holes."""
+    config = synthetic.fp8_config(synthetic.DEEPSEEK_V3)
+    return synthetic.write(directory, synthetic.deepseek_v3(), config, 4_302_000_000, sparse=True)
+
+
+def directory_size(directory: Path) -> int:
+    """Return the bytes of all files in a directory."""
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def sample(source: Path) -> list[str]:
+    """Return about twenty names of tensors, spread over the checkpoint."""
+    names = list(json.loads((source / "model.safetensors.index.json").read_text())["weight_map"])
+    return names[:: max(1, len(names) // 20)]
+
+
+def open_tensors(directory: Path) -> dict[str, Any]:
+    """Return for each tensor name of a checkpoint the open safetensors file that holds it."""
+    opened = [open_shard(path) for path in sorted(directory.glob("*.safetensors"))]
+    return {name: shard for shard in opened for name in shard.keys()}  # noqa: SIM118
+
+
+def open_shard(path: Path) -> Any:
+    """Open a safetensors file for torch."""
+    from safetensors import safe_open
+
+    return safe_open(path, "pt")
+
+
+def require_equal(name: str, ours: Any, theirs: Any) -> None:
+    """Raise AssertionError unless two tensors are the same dtype, shape and bits."""
+    import torch
+
+    same = ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    if not same or not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+        raise AssertionError(f"{name}: is not what the reference gives.")
+
+
+def check_reordered(source: Path, output: Path, sequence: list[int]) -> None:
+    """Check on a sample that each layer of the output is the source's layer that the sequence says."""
+    before, after = open_tensors(source), open_tensors(output)
+    for name in sample(output):
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(sequence[int(parts[2])])
+        original = ".".join(parts)
+        require_equal(name, after[name].get_tensor(name), before[original].get_tensor(original))
+
+
+def check_decoded(source: Path, place: Path) -> None:
+    """Check on a sample that ours and the reference decode to the same bits; what they wrote is removed again."""
+    ours, theirs = place / "ours", place / "theirs"
+    run(surgeon("dequantize", source, ours, "--quiet"))
+    run(helper("reference", source, theirs))
+    mine, other = open_tensors(ours), open_tensors(theirs)
+    if set(mine) != set(other):
+        raise AssertionError("dequantize: does not write the tensors that the reference writes.")
+    for name in set(sample(source)) & set(mine):
+        require_equal(name, mine[name].get_tensor(name), other[name].get_tensor(name))
+    shutil.rmtree(ours)
+    shutil.rmtree(theirs)
+
+
+def helper(name: str, source: Path, dest: Path) -> list[str]:
+    """Return the command line that runs one of HELPERS in a process of its own."""
+    return [sys.executable, __file__, name, str(source), str(dest)]
+
+
+def decode_in_torch(source: Path, dest: Path) -> None:
+    """Decode a block-FP8 checkpoint in the plain way: shard by shard, tensor by tensor, as the formula says."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = open_tensors(source)
+    dest.mkdir()
+    for path in sorted(source.glob("*.safetensors")):
+        decoded = {}
+        for name in open_shard(path).keys():  # noqa: SIM118
+            weight = tensors[name].get_tensor(name)
+            if weight.dtype == torch.float8_e4m3fn:
+                scale = tensors[f"{name}_scale_inv"].get_tensor(f"{name}_scale_inv")
+                grid = scale.repeat_interleave(synthetic.BLOCK, 0).repeat_interleave(synthetic.BLOCK, 1)
+                decoded[name] = (weight.to(torch.float32) * grid[: weight.shape[0], : weight.shape[1]]).bfloat16()
+            elif not name.endswith("_scale_inv"):
+                decoded[name] = weight
+        save_file(decoded, dest / path.name)
+        with open(dest / path.name, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def dequantize_in_turn(source: Path, dest: Path) -> None:
+    """Do what `dequantize` does on one thread, each phase by itself, and print the seconds of each as JSON."""
+    sys.path.insert(0, str(ROOT))
+    import tensorsurgeon
+    from tensorsurgeon.plan import make_plan
+    from tensorsurgeon.tensor import read_span
+
+    seconds: dict[str, float] = {}
+
+    def timed(phase: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        begin = time.perf_counter()
+        result = function(*arguments)
+        seconds[phase] = seconds.get(phase, 0) + time.perf_counter() - begin
+        return result
+
+    plan = make_plan(tensorsurgeon.ops.dequantize(tensorsurgeon.open(source)))
+    dest.mkdir()
+    digest = hashlib.sha256()
+    for shard in plan.shards:
+        with open(dest / shard.file, "wb", buffering=0) as file:
+            for piece in shard.pieces(plan.block_memory):
+                if piece.tensor:
+                    first, last = piece.rows
+                    inputs = [
+                        timed("read", it.tensor.read, first // it.rows, -(-last // it.rows))
+                        for it in piece.tensor.inputs
+                    ]
+                    data = timed("compute", piece.tensor.function, *inputs).data
+                else:
+                    data = timed("read", read_span, piece.span)
+                timed("hash", digest.update, data)
+                timed("write", file.write, data)
+            timed("flush", os.fsync, file.fileno())
+    print(json.dumps(seconds))
+
+
+HELPERS = {"reference": decode_in_torch, "phases": dequantize_in_turn}
+"""What this script runs in processes of their own, to be measured."""
+
+MEASUREMENTS = {
+    "select-layers": measure_select_layers,
+    "dequantize": measure_dequantize,
+    "memory": measure_memory,
+    "headers": measure_headers,
+}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in HELPERS:
+        command = commands.add_parser(name, help=f"internal: {HELPERS[name].__doc__}")
+        command.add_argument("source", type=Path)
+        command.add_argument("dest", type=Path)
+    for name in ("all", *MEASUREMENTS):
+        command = commands.add_parser(name, help=MEASUREMENTS[name].__doc__ if name != "all" else "Measure everything.")
+        command.add_argument("--runs", type=int, default=5, help="pairs of runs; default 5")
+        command.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the raw numbers here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what the command line asks for; return 1 where a target is missed."""
+    given = parse_arguments(arguments)
+    if given.command in HELPERS:
+        HELPERS[given.command](given.source, given.dest)
+        return 0
+    setup = Setup(given.scratch, given.runs)
+    chosen = MEASUREMENTS if given.command == "all" else [given.command]
+    figures = [figure for name in chosen for figure in MEASUREMENTS[name](setup)]
+    print(machine(given.scratch), "\n")
+    print(tabulate([figure.row() for figure in figures], HEADINGS, tablefmt="pipe"))
+    if given.json:
+        given.json.write_text(json.dumps([figure._asdict() for figure in figures], indent=2) + "\n")
+    return 0 if all(figure.met for figure in figures) else 1
+
+
+def machine(scratch: Path) -> str:
+    """Return what the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    found = subprocess.run(["findmnt", "-no", "SOURCE,FSTYPE", "-T", scratch], capture_output=True, text=True)
+    disk = " ".join(found.stdout.split()) or "unknown"
+    return f"{models[0]}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, disk {disk}, Linux {os.uname().release}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
