@@ -229,7 +229,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
         shards = _read_index(Path(directory), fetching=True)[0]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(shards)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
-        first = str(problem).strip().splitlines()[0]
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise CheckpointError(f"{repo}: not a directory here, and not to be had from the hub: {first}") from None
 
 
@@ -238,7 +238,7 @@ def _read_config(directory: Path) -> Document:
         return document.parse((directory / CONFIG).read_bytes().decode())
     except FileNotFoundError:
         raise CheckpointError(f"{directory}: there is no {CONFIG}; this is not a checkpoint directory.") from None
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         raise CheckpointError(f"{directory / CONFIG}: {problem}; it is damaged.") from None
 
 
@@ -250,10 +250,11 @@ def _read_index(directory: Path, fetching: bool = False) -> tuple[list[str], Map
             raise CheckpointError(_why_no_weights(directory))
         return [SINGLE], None
     try:
-        weight_map = load_json(path.read_bytes().decode())["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        index = load_json(path.read_bytes().decode())
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not (weight_map and isinstance(weight_map, dict) and all(isinstance(it, str) for it in weight_map.values())):
             raise ValueError("'weight_map' is not a map from tensor names to file names")
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, OSError) as problem:
         raise CheckpointError(f"{path}: {problem}; it is not an index of shards.") from None
     shards = list(dict.fromkeys(weight_map.values()))
     raise_all(

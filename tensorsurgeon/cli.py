@@ -24,8 +24,8 @@ from tensorsurgeon.recipe import Recipe, load_recipe, recipe_schema
 from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
 from tensorsurgeon.report.reference import reference_text
 from tensorsurgeon.report.text import findings_text, plan_text, written_text
-from tensorsurgeon.sizes import parse_size
-from tensorsurgeon.writer import check_destination, parse_part, write_plan
+from tensorsurgeon.sizes import parse_part, parse_size
+from tensorsurgeon.writer import check_destination, write_plan
 
 EXIT_STATUS = "Exit status: 0 done, 1 failed, 2 not understood, 3 an exam found something wrong, 130 interrupted."
 WRONG, INTERRUPTED = 3, 130

@@ -27,7 +27,7 @@ def _same_list(value: Any, seq: LayerSequence) -> bool:
 
 
 def _same_indices(value: Any, seq: LayerSequence) -> bool:
-    return isinstance(value, Sequence) and all((i in value) == (k in value) for k, i in enumerate(seq))
+    return isinstance(value, list) and all((i in value) == (k in value) for k, i in enumerate(seq))
 
 
 def _same_prefix(value: Any, seq: LayerSequence) -> bool:
@@ -150,13 +150,15 @@ def without_quantization(config: Config, dtype: str) -> Config:
     Removed at every level are `quantization_config`, `compression_config`, `quantization` and `expert_dtype`.
     """
     removed = ("quantization_config", "compression_config", "quantization", "expert_dtype")
-    kept = {key: value for key, value in config.items() if key not in removed}
-    nested = {
-        key: without_quantization(value, dtype)
-        for key, value in kept.items()
-        if key.endswith("_config") and isinstance(value, Mapping) and any(word in value for word in removed)
-    }
-    return with_dtype({**kept, **nested}, dtype)
+
+    def plain(part: Config) -> Config:
+        return {
+            key: plain(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+            for key, value in part.items()
+            if key not in removed
+        }
+
+    return with_dtype(plain(config), dtype)
 
 
 def with_dtype(config: Config, dtype: str) -> Config:
@@ -208,10 +210,9 @@ def _refusals(ckpt: Checkpoint, stack: LayerStack, seq: LayerSequence) -> Iterat
     if not seq:
         yield "layers: the sequence is empty; a model keeps at least one layer."
         return
-    config, kind = (
-        ckpt.text_config,
-        str(ckpt.text_config.get("model_type", ckpt.config.value.get("model_type"))),
-    )
+    config = ckpt.text_config
+    nested = "_text" if ckpt.text_config_path else ""
+    kind = str(config.get("model_type") or f"{ckpt.config.value.get('model_type')}{nested}")
     what = f"under the sequence {format_layers(seq)}"
     if kind in POSITIONAL:
         yield f"model_type {kind!r}: {POSITIONAL[kind]}; no config can say what the layers would be {what}."
@@ -220,14 +221,18 @@ def _refusals(ckpt: Checkpoint, stack: LayerStack, seq: LayerSequence) -> Iterat
             f"config.json: {IMPLIED[kind]!r} is missing, and {kind} then alternates its layers by a rule of its "
             f"own, which does not hold {what}; write the field out first."
         )
-    types = config.get("layer_types")
-    if types and len(types) not in (stack.count, stack.count + stack.extra):
-        yield f"config.json: 'layer_types' has {len(types)} entries, but the model has {stack.count} layers."
+    lengths = (stack.count, stack.count + stack.extra)
+    sound = True
     for part in _parts(ckpt.config.value, ckpt.text_config_path):
+        types = part.get("layer_types")
+        if types and not (isinstance(types, list) and len(types) in lengths):
+            sound = False
+            yield f"config.json: 'layer_types' is {_shown(types)}, not one entry for each of {stack.count} layers."
         for key, value in part.items():
             if _is_affected(key, value, part, stack.count, seq):
                 yield f"config.json: {key!r} is {_shown(value)}, a per-layer setting that would not hold {what}."
-    yield from _structure_refusals(ckpt, stack, seq)
+    if sound:
+        yield from _structure_refusals(ckpt, stack, seq)
 
 
 def _is_affected(key: str, value: Any, config: Config, count: int, seq: LayerSequence) -> bool:
@@ -245,9 +250,9 @@ def _structure_refusals(ckpt: Checkpoint, stack: LayerStack, seq: LayerSequence)
     """Refuse where layers differ in their tensors in a way that neither the place nor `layer_types` follows."""
     shapes = layer_shapes(ckpt, stack)
     types = ckpt.text_config.get("layer_types") or [None] * stack.count
-    by_type: dict[Any, set[Any]] = {}
+    by_type: dict[str, set[Any]] = {}
     for layer in range(stack.count):
-        by_type.setdefault(types[layer], set()).add(shapes[layer])
+        by_type.setdefault(str(types[layer]), set()).add(shapes[layer])
     if all(len(found) == 1 for found in by_type.values()):
         return
     moved = [k for k, i in enumerate(seq) if shapes[min(k, stack.count - 1)] != shapes[i]]
@@ -282,17 +287,18 @@ def _skip_lists_edited(key: str, value: Any, ckpt: Checkpoint, stack: LayerStack
         return {inner: _skip_lists_edited(inner, item, ckpt, stack, seq) for inner, item in value.items()}
     if key not in ("quantization_config", "compression_config", "quantization") or not isinstance(value, Mapping):
         return value
-    edited = {
-        inner: _skip_list_under(item, ckpt, stack, seq) if inner in SKIP_LISTS and isinstance(item, list) else item
+    lists = {
+        inner: _skip_list_under(item, ckpt, stack, seq)
         for inner, item in value.items()
+        if inner in SKIP_LISTS and isinstance(item, list) and all(isinstance(entry, str) for entry in item)
     }
-    others = {inner: item for inner, item in value.items() if inner not in SKIP_LISTS}
+    others = {inner: item for inner, item in value.items() if inner not in lists}
     raise_all(
         RefusedError,
         (f"config.json: {key!r}: {text!r} names a layer by number in a way that cannot be renumbered; "
          "dequantize first." for text in _strings(others) if _names_a_layer(text)),
     )  # fmt: skip
-    return edited
+    return {**value, **lists}
 
 
 def _skip_list_under(entries: Sequence[str], ckpt: Checkpoint, stack: LayerStack, seq: LayerSequence) -> list[str]:
@@ -301,22 +307,25 @@ def _skip_list_under(entries: Sequence[str], ckpt: Checkpoint, stack: LayerStack
     Engines read entries as prefixes, substrings or regular expressions, and `model.layers.1` would then hit
     layers 10 to 19 as well; a full module name is read alike by all of them.
     """
-    modules: dict[int, list[str]] = {}
+    matrices: dict[int, list[str]] = {}
+    prefixes = set()
     for name, tensor in ckpt.tensors.items():
-        index = stack.layer_of(name)
-        if index is not None and name.endswith(".weight") and len(tensor.shape) > 1:
-            modules.setdefault(index, []).append(name.removesuffix(".weight"))
+        found = layer_name(name)
+        prefixes.add(found.prefix if found else "")
+        if found and found.prefix == stack.prefix and len(tensor.shape) > 1:
+            matrices.setdefault(found.index, []).append(name)
     edited: dict[str, None] = {}
     for entry in entries:
-        found = layer_name(entry)
-        whole = re.fullmatch(re.escape(stack.prefix) + r"(\d+)\.?", entry)
-        if whole:
-            names = modules.get(int(whole[1]), [])
-            edited |= {stack.renamed(name, k): None for k, i in enumerate(seq) if i == int(whole[1]) for name in names}
-        elif found and found.prefix == stack.prefix and not _REGEX.search(entry):
+        tensor_name = f"{entry}.weight"
+        found = None if _REGEX.search(entry) else layer_name(tensor_name)
+        if found and found.prefix == stack.prefix:
             copies = [k for k, i in enumerate(seq) if i == found.index]
             copies += [found.index - stack.count + len(seq)] if found.index >= stack.count else []
-            edited |= {stack.renamed(entry, k): None for k in copies}
+            whole = found.rest.lstrip(".") == "weight"
+            names = matrices.get(found.index, []) if whole else [tensor_name]
+            edited |= {stack.renamed(name, k).rpartition(".")[0]: None for k in copies for name in names}
+        elif found and found.prefix in prefixes:
+            edited[entry] = None
         elif _names_a_layer(entry):
             raise RefusedError(
                 f"config.json: the quantisation skip list names layers by the pattern {entry!r}, which cannot be "

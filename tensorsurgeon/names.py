@@ -22,7 +22,9 @@ LONGEST_SEQUENCE = 100_000
 
 DEEPEST_NESTING = 50
 
-_LAYER = re.compile(r"^(?P<prefix>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>0|[1-9]\d{0,5})\.(?P<rest>.+)$", re.ASCII)
+_LAYER = re.compile(
+    r"^(?P<prefix>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>0|[1-9][0-9]{0,5})\.(?P<rest>.+)$"
+)
 _NOT_THE_STACK = re.compile(r"vision|visual|audio|image|speech|qformer|perceiver|talker|code2wav|(^|\.)mtp")
 
 

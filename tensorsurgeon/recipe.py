@@ -215,7 +215,8 @@ def _set(data: Any, setting: str) -> None:
     if not isinstance(place, dict):
         raise UsageError(f"--set {setting!r}: the recipe has no such place; write it as steps.1.layers=10-12.")
     reader = _Reader(f"--set {setting!r}")
-    place[last] = reader.read(text)
+    # A glob is text: YAML would look for the anchor of an alias, and there is none in a single value.
+    place[last] = text if text.startswith("*") else reader.read(text)
     raise_all(UsageError, reader.problems)
 
 

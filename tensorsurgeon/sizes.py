@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them: `5GB`, `2GiB`, `500 MB`, `1048576`."""
+"""Sizes and parts as people write them: `5GB`, `2GiB`, `500 MB`, `1048576`; `3/16`."""
 
 from __future__ import annotations
 
@@ -40,3 +40,15 @@ def format_size(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.2f} TB"
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Parse which of several equal parts is meant: `3/16` is the third of sixteen.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"{text!r} is not a part of a whole; write it as 3/16, the third of sixteen.")
+    return int(match[1]), int(match[2])

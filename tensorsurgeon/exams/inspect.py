@@ -48,7 +48,7 @@ def inspect(ckpt: Checkpoint, tensors: Glob | None = None) -> Findings:
 def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
     config = ckpt.config.value
     settings = quantization_config(config)
-    architectures = config.get("architectures")
+    architectures = config.get("architectures") or ["-"]
     total = sum(tensor.nbytes for tensor in ckpt.tensors.values())
     described = companions(ckpt.tensors)
     quantization = format_name(ckpt.tensors) or "none"
@@ -58,7 +58,7 @@ def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
         quantization += f", blocks of {'x'.join(map(str, block))}" if isinstance(block, list) else ""
     return {
         "name": ckpt.sources[0].name,
-        "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures or "-",
+        "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures,
         "model type": config.get("model_type") or "-",
         "parameters": sum(prod(tensor.shape) for name, tensor in ckpt.tensors.items() if name not in described),
         "dtype": ckpt.text_config.get("dtype") or ckpt.text_config.get("torch_dtype") or "-",

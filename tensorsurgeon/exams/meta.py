@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,25 @@ SHOWN = 5
 
 def model_class(config: Mapping[str, Any]) -> Any:
     """Return the class that the config names, or None where transformers does not have it."""
-    architectures = config.get("architectures")
-    named = isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
-    return getattr(transformers, architectures[0], None) if named else None
+    match config.get("architectures"):
+        case [str(name), *_]:
+            return getattr(transformers, name, None)
+    return None
 
 
 def load_problems(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the model class of transformers misses, does not know, or has in another shape."""
     architecture = config["architectures"][0]
-    logging.getLogger("transformers").setLevel(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _silence():
             plain = _plain_config(directory, config)
             _, info = model_class(config).from_pretrained(
-                str(directory), config=plain, device_map="meta", output_loading_info=True, local_files_only=True
+                str(directory),
+                config=plain,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                output_loading_info=True,
             )
     except Exception as problem:
         yield f"{architecture}: does not load in transformers: {_first_line(problem)}"
@@ -42,6 +46,23 @@ def load_problems(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
     yield from _named(set(info["unexpected_keys"]) - set(described), f"{architecture} does not know")
     mismatched = [f"{name} {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     yield from _named(mismatched, f"{architecture} has another shape for")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep transformers from talking: what it has to say is returned as findings."""
+    logger, bars = logging.getLogger("transformers"), transformers.utils.logging
+    level, showing = logger.level, bars.is_progress_bar_enabled()
+    logger.setLevel(logging.CRITICAL)
+    bars.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        if showing:
+            bars.enable_progress_bar()
 
 
 def _plain_config(directory: Path, config: Mapping[str, Any]) -> Any:

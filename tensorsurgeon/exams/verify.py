@@ -19,8 +19,8 @@ from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import load_json
 from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.quantized import companions, fp8_block, quantized_tensors
+from tensorsurgeon.receipt import seal
 from tensorsurgeon.registry import Findings, Location, exam
-from tensorsurgeon.writer import seal
 
 CHUNK = 4 * 2**20
 
@@ -148,9 +148,10 @@ def _quantization(ckpt: Checkpoint) -> Problems:
         yield f"config.json: has no quantization_config, but {len(quantized)} tensors are quantised: {quantized[0]!r}."
     if settings and not quantized:
         yield "config.json: has a quantization_config, but no tensor is quantised."
-    if "weight_block_size" in settings or any(name.endswith(fp8_block.SCALE) for name in quantized):
+    blocks = settings.get("weight_block_size") or any(name.endswith(fp8_block.SCALE) for name in quantized)
+    if settings.get("quant_method") == "fp8" and blocks:
         block, problems = fp8_block.block_size(settings)
-        yield from problems if settings else ()
+        yield from problems
         yield from fp8_block.find(ckpt.tensors, block).problems
     else:
         described = set(companions(ckpt.tensors).values())

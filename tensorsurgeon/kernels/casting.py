@@ -23,7 +23,8 @@ def cast_block(block: Block, dtype: str) -> Block:
         return Block(dtype, block.shape, b"")
     numbers = torch.frombuffer(block.data, dtype=TORCH[block.dtype])
     rounded = torch.empty(len(numbers), dtype=TORCH[dtype])
-    for part, result in zip(numbers.split(CHUNK), rounded.split(CHUNK), strict=True):
+    for start in range(0, len(numbers), CHUNK):
+        part, result = numbers[start : start + CHUNK], rounded[start : start + CHUNK]
         result.copy_(part)
         overflown = torch.isinf(result) & ~torch.isinf(part)
         if overflown.any():

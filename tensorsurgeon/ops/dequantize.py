@@ -47,7 +47,8 @@ def dequantize(ckpt: Checkpoint, dtype: FloatName = "bfloat16") -> Checkpoint:
     scales = set(found.scales.values())
     activations = {name for name in quantized if name.endswith(fp8_block.ACTIVATION_SCALES)}
     faulty = {problem.split(":")[0] for problem in found.problems}
-    others = [name for name in quantized if name not in {*found.scales, *scales, *activations, *faulty}]
+    known = {*found.scales, *scales, *activations, *faulty}
+    others = [name for name in quantized if name not in known]
     problems += [f"{name}: is {ckpt[name].dtype} and not block FP8; it cannot be decoded so far." for name in others]
     raise_all(RefusedError, problems + found.problems)
     assert block

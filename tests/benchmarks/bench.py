@@ -279,7 +279,7 @@ def measure_headers(setup: Setup) -> list[Figure]:
 def write_deepseek_v3(directory: Path) -> Path:
     """Write a checkpoint with the names, shapes and number of shards of DeepSeek-V3, all holes."""
     config = synthetic.fp8_config(synthetic.DEEPSEEK_V3)
-    return synthetic.write(directory, synthetic.deepseek_v3(), config, 4_302_000_000, sparse=True)
+    return synthetic.write(directory, synthetic.deepseek_v3(), config, 4_250_000_000, sparse=True)
 
 
 def directory_size(directory: Path) -> int:

@@ -1,0 +1,231 @@
+"""How the package is built: the direction of imports, what stays unloaded, names, docstrings, sizes of modules."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import make
+import tensorsurgeon as ts
+from tensorsurgeon import cli
+from tensorsurgeon.registry import EXAMS, OPERATIONS
+from tensorsurgeon.report.reference import reference_text
+
+PACKAGE = Path(ts.__file__).parent
+NAME = "tensorsurgeon"
+
+ORDER = (
+    ("_version", "errors"),
+    ("sizes", "progress"),
+    ("format",),
+    ("document", "tensor", "names"),
+    ("kernels",),
+    ("checkpoint",),
+    ("config",),
+    ("plan", "registry"),
+    ("receipt", "stream", "quantized"),
+    ("writer",),
+    ("ops",),
+    ("exams", "recipe"),
+    ("report",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+"""Every module or folder of the package; each imports only what stands before it, or lies in its own folder."""
+
+LEAVES = {"_version": set(), "errors": set(), "progress": set(), "sizes": {"errors"}}
+
+LIGHT = (
+    "_version", "errors", "sizes", "progress", "format", "document", "tensor", "names", "checkpoint", "config",
+    "plan", "registry", "receipt", "stream", "writer", "quantized", "ops", "recipe", "cli", "report", "__init__", "__main__",
+    "exams/__init__", "exams/inspect", "exams/verify",
+)  # fmt: skip
+"""Modules that start at once: none of them imports a library of numbers, not even later for its own use."""
+
+HEAVY = ("torch", "numpy", "numba", "transformers", "safetensors", "huggingface_hub", "tqdm", "accelerate")
+NUMERIC = ("torch", "numpy", "numba", "transformers")
+
+LONG = {
+    "checkpoint": "opening has a dozen ways to be wrong, each said where it is found",
+    "config": "half of it are tables of the fields and models that layer sequences meet",
+}
+"""Modules of more than 260 lines, with the reason."""
+
+
+def modules() -> dict[str, ast.Module]:
+    """Return every module as a tree, by its path in the package without `.py`."""
+    return {
+        path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield every imported module or name in full, those inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_at_top(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imports(node)
+
+
+def unit(module: str) -> str:
+    return module.split("/")[0]
+
+
+def own_units(names: Iterator[str]) -> set[str]:
+    """Return the units of this package among imported names; the package itself stands for its version."""
+    return {name.split(".")[1] for name in names if name.startswith(f"{NAME}.")}
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    placed = [name for rank in ORDER for name in rank]
+    assert len(placed) == len(set(placed))
+    assert {unit(module) for module in modules()} == set(placed)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_one_way(module: str) -> None:
+    rank = {name: place for place, names in enumerate(ORDER) for name in names}
+    here = unit(module)
+    for other in own_units(imports(modules()[module])) - {here}:
+        assert rank[other] < rank[here], f"{module} imports {other}"
+
+
+def test_leaves_import_next_to_nothing() -> None:
+    for module, allowed in LEAVES.items():
+        assert own_units(imports(modules()[module])) <= allowed
+
+
+def test_modules_of_one_folder_do_not_import_each_other_in_a_circle() -> None:
+    trees = modules()
+    graph = {
+        module: {
+            name.removeprefix(f"{NAME}.").rpartition(".")[0].replace(".", "/")
+            for name in imports(tree)
+            if name.startswith(f"{NAME}.{unit(module)}.")
+        }
+        - {module}
+        for module, tree in trees.items()
+        if "/" in module and not module.endswith("__init__")
+    }
+    while graph:
+        ready = [module for module, needed in graph.items() if not needed & graph.keys()]
+        assert ready, f"a circle among {sorted(graph)}"
+        for module in ready:
+            del graph[module]
+
+
+@pytest.mark.parametrize("module", [module for module in modules() if module in LIGHT or unit(module) in LIGHT])
+def test_light_modules_import_no_library_of_numbers(module: str) -> None:
+    found = {name.split(".")[0] for name in imports(modules()[module])}
+    assert not found & set(NUMERIC)
+    at_top = set(imports_at_top(modules()[module]))
+    assert not {name for name in at_top if name.startswith((f"{NAME}.kernels", f"{NAME}.exams.meta"))}
+
+
+def test_only_functions_that_compute_load_the_kernels() -> None:
+    users = {
+        module: {name.split(".")[1] for name in imports(tree) if name.startswith(f"{NAME}.kernels.")}
+        for module, tree in modules().items()
+        if unit(module) != "kernels"
+    }
+    assert {module for module, used in users.items() if used} == {
+        "ops/cast", "quantized/fp8_block", "exams/verify",
+    }  # fmt: skip
+
+
+def loaded_by(script: str, directory: Path) -> set[str]:
+    """Return which heavy libraries a fresh interpreter has loaded after a script."""
+    report = f"import json, sys; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}\n{report}"], capture_output=True, text=True, cwd=directory, check=True
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import tensorsurgeon",
+        "import tensorsurgeon.cli",
+        "from tensorsurgeon.cli import main; assert main(['inspect', 'fp8']) == 0",
+        "from tensorsurgeon.cli import main; assert main(['dequantize', 'fp8', 'never', '--dry-run']) == 0",
+        "from tensorsurgeon.cli import main; assert main(['select-layers', 'fp8', 'written', '--layers', '1,0']) == 0",
+        "from tensorsurgeon.cli import main; assert main(['reference', '--json']) == 0",
+    ],
+)
+def test_what_needs_no_numbers_loads_no_library_of_them(tmp_path: Path, script: str) -> None:
+    make.fp8(tmp_path / "fp8", layers=2)
+    assert loaded_by(script, tmp_path) == set()
+    assert (tmp_path / "written").exists() == ("written" in script)
+
+
+def test_what_needs_numbers_loads_a_library_of_them(tmp_path: Path) -> None:
+    make.fp8(tmp_path / "fp8", layers=2)
+    script = "from tensorsurgeon.cli import main; assert main(['dequantize', 'fp8', 'written', '-q']) == 0"
+    assert {"numpy", "numba"} <= loaded_by(script, tmp_path)
+
+
+def test_the_exported_names() -> None:
+    assert ts.__all__ == [
+        "Checkpoint", "__version__", "exams", "load_recipe", "make_recipe", "open", "ops", "write",
+    ]  # fmt: skip
+    assert ts.ops.__all__ == [
+        "cast", "dequantize", "drop_layers", "keep_layers", "repeat_layers", "reshard", "reverse_layers",
+        "select_layers",
+    ]  # fmt: skip
+    assert ts.exams.__all__ == ["inspect", "verify"]
+    for module in (ts, ts.ops, ts.exams):
+        assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize(("folder", "registry"), [("ops", OPERATIONS), ("exams", EXAMS)])
+def test_what_is_declared_is_exported_and_in_every_face(folder: str, registry: dict[str, object]) -> None:
+    exported = {name.replace("_", "-") for name in getattr(ts, folder).__all__}
+    declared = {
+        node.name.replace("_", "-")
+        for module, tree in modules().items()
+        if unit(module) == folder
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(it, ast.Name) and it.id in ("operation", "exam") for it in node.decorator_list)
+    }
+    assert declared == exported == set(registry)
+    assert declared <= set(cli.commands().commands)
+    assert all(f"#### `{name} " in reference_text() for name in declared)
+
+
+def public(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Yield every public class, function and method, but not what is defined inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            yield inside + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node, f"{inside}{node.name}.")
+
+
+@pytest.mark.parametrize("module", modules())
+def test_every_module_and_public_name_has_a_docstring(module: str) -> None:
+    tree = modules()[module]
+    assert ast.get_docstring(tree)
+    assert [name for name, node in public(tree) if not ast.get_docstring(node)] == []  # type: ignore[arg-type]
+
+
+def test_modules_are_short_but_for_those_with_a_reason() -> None:
+    lines = {module: len((PACKAGE / f"{module}.py").read_text().splitlines()) for module in modules()}
+    assert {module for module, count in lines.items() if count > 260} == set(LONG)
+    assert max(lines.values()) < 400
