@@ -6,7 +6,6 @@ Results go to standard output, progress and errors to standard error.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -45,9 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         print("interrupted; the same command goes on where it stopped.", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SurgeonError.exit_status
     except OSError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return SurgeonError.exit_status

@@ -166,7 +166,7 @@ def _recipe(data: Any, reader: _Reader) -> Recipe:
         if key not in KEYS
     ]
     for key in ("source", "dest"):
-        if not isinstance(data.get(key), str) or not data[key]:
+        if not isinstance(data.get(key), str) or not data[key] or "\0" in data[key]:
             problems.append(f"{reader.at(key)}: {key} is missing, or is not a text.")
     steps = [] if data.get("steps") is None else data["steps"]
     if not isinstance(steps, list | tuple):

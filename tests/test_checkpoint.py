@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import make
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import make
 from tensorsurgeon.checkpoint import (
     CONFIG,
     INDEX,

@@ -151,6 +151,7 @@ def test_a_setting_that_fits_nowhere_is_refused(tmp_path: Path, setting: str, pr
         ("source: a\ndest:\n", "recipe.yaml:2: dest is missing, or is not a text."),
         ("source: [a]\ndest: b\n", "recipe.yaml:1: source is missing, or is not a text."),
         ("dest: b\nsource: ''\n", "recipe.yaml:2: source is missing, or is not a text."),
+        ('source: a\ndest: "a\\0b"\n', "recipe.yaml:2: dest is missing, or is not a text."),
         ("source: a\ndest: b\nsteps:\n  dequantize\n", "recipe.yaml:3: steps are a list."),
         ("source: a\ndest: b\nsteps: {}\n", "recipe.yaml:3: steps are a list."),
         ("source: a\ndest: b\nsteps: false\n", "recipe.yaml:3: steps are a list."),
