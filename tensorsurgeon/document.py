@@ -1,7 +1,7 @@
 """JSON documents that keep their spelling: key order, unknown keys, and numbers as they were written.
 
-`1e-06` stays `1e-06` and `1000000.0` does not turn into `1e6`, so that a rewritten `config.json` differs from
-its source in what was changed and in nothing else.
+`1e-06` stays `1e-06` and `1000000.0` does not turn into `1e6`, so that a rewritten `config.json`, indented as
+libraries indent it, differs from its source in what was changed and in nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Document(NamedTuple):
 
     def replace(self, value: Mapping[str, Any]) -> Document:
         """Return the document with another value."""
-        return Document(value, self.text, True) if value != self.value else self
+        same = json.dumps(value) == json.dumps(self.value)
+        return self if same else Document(value, self.text, True)
 
     def encode(self) -> bytes:
         """Return the document's bytes: its own text where nothing was changed."""

@@ -119,6 +119,8 @@ def find_stack(names: Iterable[str], count: int | None = None, extra: int = 0) -
     if missing:
         listed = format_layers(missing)
         raise CheckpointError(f"layers {listed} have no tensors under {prefix}N; the checkpoint is incomplete.")
+    if count is None and extra:
+        raise CheckpointError("config.json counts layers for multi-token prediction, but not the layers before them.")
     if count is None or present == count:
         return LayerStack(prefix, present)
     if present == count + extra:

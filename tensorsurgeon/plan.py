@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tensorsurgeon._version import __version__
-from tensorsurgeon.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, SideFile
+from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.format import BITS, Span, header_bytes
 from tensorsurgeon.sizes import format_size
+from tensorsurgeon.source import CONFIG, INDEX, SINGLE, SideFile
 from tensorsurgeon.tensor import LazyTensor
 
 SHARD_SIZE = 5_000_000_000
@@ -123,7 +124,7 @@ class Plan(NamedTuple):
             ],
             "files": {name: file_size(file) for name, file in self.files.items()},
             "tensors": len(tensors),
-            "parameters": sum(prod(tensor.shape) for tensor in tensors),
+            "elements": sum(prod(tensor.shape) for tensor in tensors),
             "copied": len(copied),
             "computed": len(tensors) - len(copied),
             "bytes_to_read": sum(span.nbytes for tensor in tensors for span in tensor.spans())

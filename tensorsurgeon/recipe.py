@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from tensorsurgeon import ops as ops
+import tensorsurgeon.ops  # noqa: F401  declares the operations
 from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
 from tensorsurgeon.errors import UsageError, nearest, raise_all
 from tensorsurgeon.registry import OPERATIONS, find_operation
@@ -40,9 +40,8 @@ class Recipe:
         """Open the source and apply the steps; no tensor is read."""
         ckpt = open_checkpoint(self.source)
         for step in self.steps:
-            spec = find_operation(step.name)
-            function = getattr(ops, spec.function.__name__)
-            ckpt = function(ckpt, **{key.replace("-", "_"): value for key, value in step.parameters.items()})
+            parameters = {key.replace("-", "_"): value for key, value in step.parameters.items()}
+            ckpt = find_operation(step.name).function(ckpt, **parameters)
         return ckpt
 
 

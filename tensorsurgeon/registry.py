@@ -12,7 +12,7 @@ import os
 import re
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, Union, get_args, get_origin, get_type_hints
 
@@ -100,7 +100,10 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of an operation or exam: its name in recipes and on the command line, and its parameters."""
+    """What is known of an operation or exam: its name in recipes and on the command line, and its parameters.
+
+    `function` checks its parameters itself; an operation also records its step.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -159,7 +162,7 @@ EXAMS: dict[str, Spec] = {}
 
 def operation(function: Callable[P, Checkpoint]) -> Callable[P, Checkpoint]:
     """Declare an operation: its parameters are checked at each call, and the call is recorded as a step."""
-    spec = _declare(function, OPERATIONS)
+    spec = _declare(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Checkpoint:
@@ -167,18 +170,20 @@ def operation(function: Callable[P, Checkpoint]) -> Callable[P, Checkpoint]:
         changed = function(ckpt, **parameters)
         return changed.replace(steps=(*ckpt.steps, Step(spec.name, spec.recorded(parameters))))
 
+    OPERATIONS[spec.name] = replace(spec, function=call)
     return call
 
 
 def exam(function: Callable[P, Findings]) -> Callable[P, Findings]:
     """Declare an exam: its parameters are checked at each call."""
-    spec = _declare(function, EXAMS)
+    spec = _declare(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Findings:
         model, parameters = _bind(spec, args, kwargs)
         return function(model, **parameters)
 
+    EXAMS[spec.name] = replace(spec, function=call)
     return call
 
 
@@ -194,18 +199,19 @@ def find_operation(name: str) -> Spec:
     return OPERATIONS[known]
 
 
-def _declare(function: Callable[..., Any], registry: dict[str, Spec]) -> Spec:
+def _declare(function: Callable[..., Any]) -> Spec:
     description, arguments = _docstring(inspect.getdoc(function) or "")
     hints = get_type_hints(function, include_extras=True)
     subject, *signature = inspect.signature(function).parameters.values()
     missing = [parameter.name for parameter in signature if parameter.name not in arguments]
-    raise_all(TypeError, (f"{function.__name__}: {name} has no help" for name in missing))  # type: ignore[arg-type]
+    if missing:
+        raise TypeError(f"{function.__name__}: its docstring does not explain {', '.join(missing)}.")
     parameters = tuple(Parameter(each.name, hints[each.name], each.default, arguments[each.name]) for each in signature)
     name = function.__name__.replace("_", "-")
+    if name in OPERATIONS or name in EXAMS:
+        raise TypeError(f"{function.__name__}: there is an operation or exam of that name already.")
     summary = description.split("\n\n")[0]
-    spec = Spec(name, function, summary, description, parameters, hints[subject.name] is Location)
-    registry[name] = spec
-    return spec
+    return Spec(name, function, summary, description, parameters, hints[subject.name] is Location)
 
 
 def _bind(spec: Spec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -120,6 +120,8 @@ class LazyTensor:
                 that neither begin nor end with a byte.
         """
         stop = self.rows if stop is None else stop
+        if not 0 <= start <= stop <= self.rows:
+            raise ValueError(f"rows {start} to {stop} are asked of a tensor with {self.rows}.")
         if self.span:
             skipped = self._bytes_of(start)
             data: Buffer = read_span(Span(self.span.path, self.span.offset + skipped, self._bytes_of(stop) - skipped))

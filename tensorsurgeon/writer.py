@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from tensorsurgeon._version import __version__
-from tensorsurgeon.checkpoint import RECEIPT, Checkpoint, SideFile
+from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.document import render
 from tensorsurgeon.errors import CheckpointError, DestinationError
 from tensorsurgeon.plan import MEMORY, Plan, ShardPlan, file_size, make_plan
 from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.receipt import make_receipt
 from tensorsurgeon.sizes import format_size, parse_size
+from tensorsurgeon.source import RECEIPT, SideFile
 from tensorsurgeon.stream import stream_shard
 
 CHUNK = 2**20

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import make
 import pytest
+
+import make
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -10,20 +10,13 @@ from typing import Any
 import pytest
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import (
-    IMPLIED,
-    POSITIONAL,
-    RULES,
-    config_under_sequence,
-    layer_shapes,
-    quantization_config,
-    with_dtype,
-    without_quantization,
-)
+from tensorsurgeon.config import quantization_config, with_dtype, without_quantization
 from tensorsurgeon.document import Document
 from tensorsurgeon.errors import RefusedError
+from tensorsurgeon.fields import IMPLIED, POSITIONAL, RULES
 from tensorsurgeon.format import Span
 from tensorsurgeon.names import LayerStack
+from tensorsurgeon.sequence import config_under_sequence, layer_shapes
 from tensorsurgeon.tensor import LazyTensor
 
 MODULES = ("self_attn.q_proj", "mlp.up_proj")

@@ -167,7 +167,7 @@ def broken(source: Path, **edits: torch.Tensor | None) -> Path:
         ({"weight_scale_inv": None}, "up_proj.weight: is F8_E4M3 without a weight_scale_inv"),
         ({"weight": None}, "up_proj.weight_scale_inv: has no weight to scale: .* is missing"),
         ({"weight": torch.ones(320, 192, dtype=torch.bfloat16)}, "has no weight to scale: .* is BF16, not F8_E4M3"),
-        ({"weight_scale_inv": torch.ones(2, 2)}, r"\[2, 2\], but \[320, 192\] in blocks of \[128, 128\] needs \[3, 2\]"),
+        ({"weight_scale_inv": torch.ones(2, 2)}, r"\[2, 2\], but \[320, 192\] in blocks of .* needs \[3, 2\]"),
         ({"weight_scale_inv": torch.ones(6)}, r"scale has shape \[6\]"),
         ({"weight_scale_inv": torch.ones(())}, r"scale has shape \[\]"),
         ({"weight_scale_inv": torch.ones(3, 2, dtype=torch.int8)}, "scale is I8"),

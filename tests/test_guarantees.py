@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import make
 import pytest
 import torch
 
+import make
 import tensorsurgeon as ts
-from tensorsurgeon.checkpoint import RECEIPT
 from tensorsurgeon.cli import main
 from tensorsurgeon.errors import CheckpointError, DestinationError, SurgeonError
 from tensorsurgeon.plan import make_plan
+from tensorsurgeon.source import RECEIPT
 from tensorsurgeon.writer import write_plan
 
 OPERATIONS: dict[str, Callable[[ts.Checkpoint], ts.Checkpoint]] = {
@@ -290,7 +290,7 @@ def test_6_what_the_dry_run_prints_is_what_is_written(
     assert {file: len(data) for file, data in written.items() if file != RECEIPT} == promised
     tensors = make.read(tmp_path / "dest")
     assert (plan["tensors"], plan["copied"] + plan["computed"]) == (len(tensors), len(tensors))
-    assert plan["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert plan["elements"] == sum(tensor.numel() for tensor in tensors.values())
     assert plan["bytes_to_write"] == sum(map(len, written.values())) - len(written[RECEIPT])
 
 
@@ -302,7 +302,7 @@ def flip(path: Path, position: int) -> None:
 
 def test_7_verify_finds_any_changed_byte(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Without the model class, which would find some of them on its own.
-    monkeypatch.setattr(sys.modules["tensorsurgeon.exams.verify"], "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.modules["tensorsurgeon.exams.integrity"], "find_spec", lambda name: None)
     dest = tmp_path / "dest"
     (plain / "tokenizer.json").write_text('{"model": {}}')
     ts.write(ts.ops.drop_layers(ts.open(plain), "1"), dest, max_shard_size="1MB")

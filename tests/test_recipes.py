@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import make
 import pytest
 
+import make
 from tensorsurgeon.cli import main
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))

@@ -116,7 +116,7 @@ def test_parameters_without_help_are_an_error_at_declaration() -> None:
 
     with pytest.raises(TypeError) as caught:
         operation(helpless)
-    assert caught.value.args == ("helpless: first has no help", "helpless: third has no help")
+    assert str(caught.value) == "helpless: its docstring does not explain first, third."
     assert registry.OPERATIONS == {}
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from perplexity import load, perplexity, prompt_tokens
-from serving import Answer, Job, Request, answers
 
 import tensorsurgeon as ts
+from serving import Answer, Job, Request, answers
 
 MANNEQUIN = Path(__file__).parent / "mannequin"
 QUESTIONS = 60

@@ -218,7 +218,7 @@ def test_a_damaged_receipt_is_a_defect(written: Path, tmp_path: Path, content: s
         ),
         (lambda at: (at / "extra.json").touch(), "extra.json: is not in the receipt; it was added later."),
         (lambda at: (at / "assets/extra").touch(), "assets/extra: is not in the receipt; it was added later."),
-        (lambda at: (at / ".hidden").touch(), ".hidden: is not in the receipt; it was added later."),
+        (lambda at: (at / "notes").touch(), "notes: is not in the receipt; it was added later."),
         (
             lambda at: (at / "tokenizer.json").write_text("{}"),
             "tokenizer.json: was changed after it was written; its SHA-256 is not the receipt's.",
@@ -515,7 +515,7 @@ def test_without_transformers_the_model_class_is_skipped_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = make.plain(tmp_path / "plain", layers=2)
-    monkeypatch.setattr(sys.modules["tensorsurgeon.exams.verify"], "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.modules["tensorsurgeon.exams.integrity"], "find_spec", lambda name: None)
     findings = verify(directory)
     assert findings.problems == ()
     assert results(findings)["model class"] == "skipped: transformers and accelerate not installed"

@@ -1,6 +1,6 @@
 """Exams: functions from a checkpoint to findings; they look, and write nothing."""
 
-from tensorsurgeon.exams.inspect import inspect
-from tensorsurgeon.exams.verify import verify
+from tensorsurgeon.exams.integrity import verify
+from tensorsurgeon.exams.overview import inspect
 
 __all__ = ["inspect", "verify"]

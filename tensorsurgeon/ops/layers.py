@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import config_under_sequence
 from tensorsurgeon.errors import UsageError
 from tensorsurgeon.names import LayerSequence
 from tensorsurgeon.registry import Count, Layers, operation
+from tensorsurgeon.sequence import config_under_sequence
 from tensorsurgeon.tensor import LazyTensor
 
 

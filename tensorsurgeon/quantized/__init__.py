@@ -16,6 +16,9 @@ from tensorsurgeon.tensor import LazyTensor
 PLAIN = ("F64", "F32", "F16", "BF16")
 """Dtypes whose elements are numbers that mean themselves."""
 
+PACKED = ("I32", "U32", "U8")
+"""Dtypes of quantised weights that hold several numbers, or parts of them, in one element."""
+
 _COMPANION = re.compile(
     r"(?P<module>.+?)(?P<suffix>"
     r"\.weight_scale_inv|_scale_inv|\.weight_scale(_2)?|\.weight_packed|\.weight_shape|\.weight_zero_point"

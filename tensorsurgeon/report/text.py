@@ -27,7 +27,7 @@ def plan_text(plan: Plan, dest: Path) -> str:
         "steps": "; ".join(steps) or "none",
         "dest": str(dest),
         "tensors": f"{summary['tensors']:,}: {summary['copied']:,} copied, {summary['computed']:,} computed",
-        "parameters": f"{summary['parameters']:,}",
+        "elements": f"{summary['elements']:,}",
         "read": format_size(summary["bytes_to_read"]),
         "write": f"{format_size(summary['bytes_to_write'])}, {format_size(shutil.disk_usage(place).free)} are free",
         "memory": f"up to {format_size(summary['memory'])} for blocks of tensors",

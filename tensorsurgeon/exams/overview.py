@@ -9,7 +9,7 @@ from typing import Any
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import CheckpointError
-from tensorsurgeon.quantized import companions, format_name
+from tensorsurgeon.quantized import PACKED, companions, format_name, quantized_tensors
 from tensorsurgeon.registry import Findings, Glob, exam
 from tensorsurgeon.sizes import format_size
 
@@ -50,7 +50,6 @@ def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
     settings = quantization_config(config)
     architectures = config.get("architectures") or ["-"]
     total = sum(tensor.nbytes for tensor in ckpt.tensors.values())
-    described = companions(ckpt.tensors)
     quantization = format_name(ckpt.tensors) or "none"
     if settings:
         block = settings.get("weight_block_size")
@@ -60,7 +59,7 @@ def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
         "name": ckpt.sources[0].name,
         "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures,
         "model type": config.get("model_type") or "-",
-        "parameters": sum(prod(tensor.shape) for name, tensor in ckpt.tensors.items() if name not in described),
+        "parameters": _parameters(ckpt),
         "dtype": ckpt.text_config.get("dtype") or ckpt.text_config.get("torch_dtype") or "-",
         "quantisation": quantization,
         "layers": _layers(ckpt),
@@ -70,6 +69,14 @@ def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
         "size": format_size(total),
         "warnings": "; ".join(ckpt.warnings) or "none",
     }
+
+
+def _parameters(ckpt: Checkpoint) -> int | str:
+    """Return the number of weights; packed ones cannot be counted by their elements."""
+    if any(ckpt[name].dtype in PACKED for name in quantized_tensors(ckpt.tensors)):
+        return "not counted, as weights are packed"
+    described = companions(ckpt.tensors)
+    return sum(prod(tensor.shape) for name, tensor in ckpt.tensors.items() if name not in described)
 
 
 def _layers(ckpt: Checkpoint) -> str:

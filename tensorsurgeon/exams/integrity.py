@@ -12,15 +12,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tensorsurgeon.checkpoint import COUNT_KEYS, INDEX, RECEIPT, SINGLE, Checkpoint, find_directory, open_checkpoint
-from tensorsurgeon.config import layer_shapes, quantization_config
+from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
+from tensorsurgeon.config import COUNT_KEYS, quantization_config
 from tensorsurgeon.document import render
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import load_json
 from tensorsurgeon.progress import Advance, progress_bar
-from tensorsurgeon.quantized import companions, fp8_block, quantized_tensors
+from tensorsurgeon.quantized import PACKED, companions, fp8_block, quantized_tensors
 from tensorsurgeon.receipt import seal
 from tensorsurgeon.registry import Findings, Location, exam
+from tensorsurgeon.sequence import layer_shapes
+from tensorsurgeon.source import INDEX, RECEIPT, SINGLE, find_directory
 
 CHUNK = 4 * 2**20
 
@@ -88,7 +90,9 @@ def _strays(ckpt: Checkpoint, directory: Path) -> Problems:
     """Find weights that do not belong: without an index engines load them all, later ones winning."""
     known = set(ckpt.sources[0].headers)
     for file in sorted(directory.glob("*.safetensors")):
-        if file.name in known:
+        # Mistral's own copy of the same weights, as published; tensorsurgeon never writes one.
+        published = file.name.startswith("consolidated") and not (directory / RECEIPT).exists()
+        if file.name in known or published:
             continue
         if file.name == SINGLE:
             yield f"{SINGLE}: lies beside {INDEX}; which of the two is the model depends on the reader."
@@ -174,7 +178,8 @@ def _receipt(directory: Path) -> Problems:
         return
     if not sealed:
         yield f"{RECEIPT}: was changed after it was written."
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    present = {path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)}
     yield from (f"{name}: is missing; the receipt lists it." for name in sorted(files.keys() - present))
     yield from (
         f"{name}: is not in the receipt; it was added later." for name in sorted(present - files.keys() - {RECEIPT})
@@ -206,7 +211,7 @@ def _model_class(ckpt: Checkpoint, directory: Path) -> Problems:
 
     if model_class(ckpt.config.value) is None:
         raise Skipped("transformers does not have it")
-    if any(ckpt[name].dtype in ("I32", "U8", "I8", "U32") for name in quantized_tensors(ckpt.tensors)):
+    if any(ckpt[name].dtype in PACKED for name in quantized_tensors(ckpt.tensors)):
         raise Skipped("the weights are packed, and have other names and shapes")
     yield from load_problems(directory, ckpt.config.value)
 

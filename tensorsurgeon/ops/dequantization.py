@@ -5,19 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import quantization_config, without_quantization
+from tensorsurgeon.config import SETTINGS_FILES, quantization_config, without_quantization
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.quantized import format_name, fp8_block, quantized_tensors
 from tensorsurgeon.registry import operation
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FloatName = Literal["bfloat16", "float16", "float32"]
-
-SETTINGS_FILES = (
-    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json",
-    "quant_cfg.json", "quant_log.csv", "recipe.yaml",
-)  # fmt: skip
-"""Files that say how a checkpoint is quantised; vLLM believes the first of them where config.json is silent."""
 
 
 @operation

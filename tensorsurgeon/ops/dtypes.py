@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.config import with_dtype
-from tensorsurgeon.ops.dequantize import DTYPES, FloatName
+from tensorsurgeon.ops.dequantization import DTYPES, FloatName
 from tensorsurgeon.quantized import PLAIN, require_plain
 from tensorsurgeon.registry import Glob, operation
 from tensorsurgeon.tensor import Block, LazyTensor
