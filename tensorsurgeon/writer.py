@@ -110,8 +110,9 @@ def _prepare(plan: Plan, partial: Path, overwrite: bool) -> None:
                 "remove it, or start anew with --overwrite."
             )
         shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
     _require_space(plan, partial)
+    with _explaining(partial):
+        partial.mkdir(parents=True, exist_ok=True)
     if not note.exists():
         _write_small(note, json.dumps({"tensorsurgeon": __version__, "digest": plan.digest}).encode())
     (partial / "checkpoint").mkdir(exist_ok=True)
@@ -120,7 +121,8 @@ def _prepare(plan: Plan, partial: Path, overwrite: bool) -> None:
 
 def _require_space(plan: Plan, partial: Path) -> None:
     written = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
-    free = shutil.disk_usage(partial).free + written
+    place = next(parent for parent in partial.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free + written
     if plan.size > free:
         raise DestinationError(
             f"{partial.parent}: {format_size(plan.size)} are to be written, but {format_size(free)} are free; "

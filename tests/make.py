@@ -169,8 +169,13 @@ def read(directory: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a checkpoint directory, as the safetensors library reads them."""
     read: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        read |= load_file(file)
+        read |= read_file(file)
     return read
+
+
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of one file, as the safetensors library reads them."""
+    return load_file(path)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
