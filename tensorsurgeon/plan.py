@@ -24,16 +24,15 @@ from tensorsurgeon.tensor import LazyTensor
 
 SHARD_SIZE = 5_000_000_000
 MEMORY = 2**30
-COPY_BYTES = 32 * 2**20
-"""Bytes that one task copies at once."""
+COPY_BYTES = 16 * 2**20
+"""Most bytes that one task copies at once; more does not make it faster."""
 BLOCK_MEMORY = 48 * 2**20
 """Most memory that one block takes while it is computed; more does not make it faster."""
 
 
 class Piece(NamedTuple):
-    """A range of a shard that one task writes: bytes of `span` copied, or rows of `tensor` computed."""
+    """Bytes of a shard that one task makes: a `span` that is copied, or `rows` of a `tensor` that are computed."""
 
-    offset: int
     nbytes: int
     span: Span | None = None
     tensor: LazyTensor | None = None
@@ -59,8 +58,7 @@ class ShardPlan(NamedTuple):
         return sum(tensor.span is not None for tensor in self.tensors.values())
 
     def pieces(self, block_memory: int) -> Iterator[Piece]:
-        """Yield the file's ranges in order, behind the header; neighbours in the source are copied as one."""
-        offset = len(self.header)
+        """Yield what follows the header, in order; neighbours in the source are copied as one."""
         run: Span | None = None
         for name, tensor in self.tensors.items():
             span = tensor.span
@@ -68,23 +66,21 @@ class ShardPlan(NamedTuple):
                 run = Span(run.path, run.offset, run.nbytes + span.nbytes)
                 continue
             if run:
-                yield from _copies(offset, run)
-                offset += run.nbytes
+                yield from _copies(run, block_memory)
             run = span
             if not span:
                 for start, stop in tensor.blocks(block_memory):
-                    size = (stop - start) * tensor.row_bytes
-                    yield Piece(offset, size, tensor=tensor, rows=(start, stop), name=name)
-                    offset += size
+                    yield Piece((stop - start) * tensor.row_bytes, tensor=tensor, rows=(start, stop), name=name)
         if run:
-            yield from _copies(offset, run)
+            yield from _copies(run, block_memory)
 
 
 class Plan(NamedTuple):
     """A checkpoint as it will lie on disk, and what writing it takes.
 
-    `files` are all files but the shards; `window` is how many blocks of at most `block_memory` bytes are in
-    memory at once; `digest` stands for everything that decides the output's bytes.
+    `files` are all files but the shards; `window` is how many pieces are in hand at once, each made in at most
+    `block_memory` bytes where its rows allow that, and `memory` what they take together; `digest` stands for
+    everything that decides the output's bytes.
     """
 
     checkpoint: Checkpoint
@@ -92,14 +88,10 @@ class Plan(NamedTuple):
     files: Mapping[str, SideFile]
     threads: int
     block_memory: int
+    window: int
     memory: int
     stamps: tuple[Mapping[str, tuple[int, int]], ...]
     digest: str
-
-    @property
-    def window(self) -> int:
-        """Number of tasks that are in hand at once."""
-        return in_hand(self.threads)
 
     @property
     def size(self) -> int:
@@ -148,30 +140,37 @@ def make_plan(
         RefusedError: where one row of a tensor takes more than `memory`.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    block_memory = min(BLOCK_MEMORY, memory // in_hand(threads))
-    computed = {name: tensor for name, tensor in ckpt.tensors.items() if not tensor.span}
-    largest = max((tensor.row_memory * min(tensor.grain, tensor.rows) for tensor in computed.values()), default=0)
-    raise_all(
-        RefusedError,
-        (f"{name}: {format_size(tensor.row_memory * tensor.grain)} of memory are needed to compute its rows, "
-         f"{tensor.grain} at a time, and --memory allows {format_size(memory)}."
-         for name, tensor in computed.items() if tensor.row_memory * min(tensor.grain, tensor.rows) > memory),
-    )  # fmt: skip
-    if largest > block_memory:
-        threads = max(1, min(threads, memory // largest - 1))
     shards = tuple(_shards(ckpt, max_shard_size or ckpt.shard_size or SHARD_SIZE))
     files = {CONFIG: ckpt.config.encode(), **ckpt.files}
     if len(shards) > 1:
         files[INDEX] = _index(shards)
+    # One piece a thread, as many that wait for their turn to be hashed, and the one that is.
+    in_hand = 2 * threads + 1
+    block_memory = min(BLOCK_MEMORY, memory // in_hand)
+    largest = _largest_piece(ckpt, block_memory, memory)
+    window = max(1, min(in_hand, memory // max(1, largest)))
     stamps = tuple(source.stamp() for source in ckpt.sources)
-    used = in_hand(threads) * max(min(block_memory, sum(it.row_memory * it.rows for it in computed.values())), largest)
     digest = _digest(ckpt, shards, files, stamps)
-    return Plan(ckpt, shards, dict(sorted(files.items())), threads, block_memory, used, stamps, digest)
+    files = dict(sorted(files.items()))
+    return Plan(ckpt, shards, files, threads, block_memory, window, window * largest, stamps, digest)
 
 
-def in_hand(threads: int) -> int:
-    """Return how many tasks are in hand at once: one a thread, and as many waiting to be hashed."""
-    return 2 * threads + 1
+def _largest_piece(ckpt: Checkpoint, block_memory: int, memory: int) -> int:
+    """Return the most memory that one piece takes; refuse a tensor whose rows need more than there may be."""
+    largest, problems = 0, []
+    for name, tensor in ckpt.tensors.items():
+        if tensor.span:
+            largest = max(largest, min(tensor.nbytes, COPY_BYTES, block_memory))
+            continue
+        least = tensor.row_memory * min(tensor.grain, tensor.rows)
+        largest = max(largest, least, min(tensor.row_memory * tensor.rows, block_memory))
+        if least > memory:
+            problems.append(
+                f"{name}: {format_size(least)} of memory are needed to compute its rows, {tensor.grain} at a time, "
+                f"and --memory allows {format_size(memory)}."
+            )
+    raise_all(RefusedError, problems)
+    return largest
 
 
 def file_size(file: SideFile) -> int:
@@ -179,10 +178,11 @@ def file_size(file: SideFile) -> int:
     return len(file) if isinstance(file, bytes) else file.stat().st_size
 
 
-def _copies(offset: int, span: Span) -> Iterator[Piece]:
-    for begin in range(0, span.nbytes, COPY_BYTES):
-        size = min(COPY_BYTES, span.nbytes - begin)
-        yield Piece(offset + begin, size, span=Span(span.path, span.offset + begin, size))
+def _copies(span: Span, memory: int) -> Iterator[Piece]:
+    step = max(1, min(COPY_BYTES, memory))
+    for begin in range(0, span.nbytes, step):
+        size = min(step, span.nbytes - begin)
+        yield Piece(size, span=Span(span.path, span.offset + begin, size))
 
 
 def _shards(ckpt: Checkpoint, limit: int) -> Iterator[ShardPlan]:

@@ -1,111 +1,136 @@
-"""Stream one shard to an open file: pieces are copied or computed by a pool of threads, and hashed in file order."""
+"""Stream one shard to disk: a pool of threads reads and computes pieces, which are hashed and written in order.
+
+The bytes go past the page cache, from aligned buffers straight to the disk, where the file system can do that:
+filling the cache with output that nobody reads soon costs several times the processor time of everything else
+here, and pushes out what other programs need.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import mmap
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
-from tensorsurgeon.errors import CheckpointError, DestinationError, SurgeonError
-from tensorsurgeon.format import Span
+from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.plan import Piece, Plan, ShardPlan
 from tensorsurgeon.progress import Advance
 from tensorsurgeon.tensor import Buffer, read_span
 
-READ_BACK = 2**20
-"""Bytes read at once to hash what the kernel copied; they are still in the page cache."""
+BUFFER = 4 * 2**20
+"""Bytes written at once; a multiple of any disk's block."""
 
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
-"""What copy_file_range says where file systems or kernels cannot do it."""
+ALIGNMENT = 4096
+"""What direct writes must be a multiple of."""
 
 
 def stream_shard(plan: Plan, shard: ShardPlan, file: int, pool: ThreadPoolExecutor, advance: Advance) -> str:
-    """Write one shard and return its SHA-256: pieces are made by the pool and hashed here, in file order."""
-    os.ftruncate(file, 0)
+    """Write one shard to an open file and return its SHA-256."""
     os.posix_fallocate(file, 0, shard.size)
-    _write_at(file, shard.header, 0)
-    digest = hashlib.sha256(shard.header)
-    advance(len(shard.header))
-    in_hand: deque[tuple[Piece, Future[Buffer | None]]] = deque()
-    try:
-        for piece in shard.pieces(plan.block_memory):
-            in_hand.append((piece, pool.submit(_write_piece, file, piece)))
-            if len(in_hand) >= plan.window:
-                _retire(*in_hand.popleft(), file, digest, advance)
-        while in_hand:
-            _retire(*in_hand.popleft(), file, digest, advance)
-    except BaseException:
-        for _, future in in_hand:
-            future.cancel()
-        for _, future in in_hand:
-            if not future.cancelled():
-                future.exception()
-        raise
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as writing:
+        output = _Output(file, writing)
+        for data in _in_order(plan, shard, pool):
+            digest.update(data)
+            output.write(data)
+            advance(len(data))
+        output.finish(shard.size)
     return digest.hexdigest()
 
 
-def _retire(piece: Piece, future: Future[Buffer | None], file: int, digest: Any, advance: Advance) -> None:
-    data = future.result()
-    if data is None:
-        for chunk in _read_back(file, piece.offset, piece.nbytes):
-            digest.update(chunk)
-    else:
-        digest.update(data)
-    # Starts the writing to disk now rather than in the final fsync.
-    os.posix_fadvise(file, piece.offset, piece.nbytes, os.POSIX_FADV_DONTNEED)
-    advance(piece.nbytes)
+def _in_order(plan: Plan, shard: ShardPlan, pool: ThreadPoolExecutor) -> Iterator[Buffer]:
+    """Yield the shard's bytes from the first to the last, with as many pieces in hand as the plan allows."""
+    yield shard.header
+    in_hand: deque[Future[Buffer]] = deque()
+    try:
+        for piece in shard.pieces(plan.block_memory):
+            in_hand.append(pool.submit(_make, piece))
+            if len(in_hand) >= plan.window:
+                yield in_hand.popleft().result()
+        while in_hand:
+            yield in_hand.popleft().result()
+    finally:
+        for future in in_hand:
+            future.cancel()
 
 
-def _write_piece(file: int, piece: Piece) -> Buffer | None:
-    """Write one piece; return its bytes if they passed through memory."""
+def _make(piece: Piece) -> Buffer:
+    """Read or compute a piece."""
     if piece.span:
-        return _copy(piece.span, file, piece.offset)
+        return read_span(piece.span)
     assert piece.tensor
     try:
-        data = piece.tensor.read(*piece.rows).data
+        data = memoryview(piece.tensor.read(*piece.rows).data).cast("B")
     except SurgeonError as problem:
         raise type(problem)(*(f"{piece.name}: {text}" for text in problem.problems)) from None
     if len(data) != piece.nbytes:
         raise AssertionError(f"{piece.name}: {piece.tensor.history} gave {len(data)} bytes, not {piece.nbytes}.")
-    _write_at(file, data, piece.offset)
     return data
 
 
-def _copy(span: Span, file: int, offset: int) -> Buffer | None:
-    """Copy a span inside the kernel; return its bytes where the kernel cannot and they passed through memory."""
-    done = 0
-    with open(span.path, "rb", buffering=0) as source:
-        while done < span.nbytes:
-            try:
-                count = os.copy_file_range(source.fileno(), file, span.nbytes - done, span.offset + done, offset + done)
-            except OSError as problem:
-                if done or problem.errno not in _NO_KERNEL_COPY:
-                    raise
-                data = read_span(span)
-                _write_at(file, data, offset)
-                return data
-            if count == 0:
-                raise CheckpointError(f"{span.path}: ended while it was read; it was changed meanwhile.")
-            done += count
-    return None
+class _Output:
+    """Collects bytes in two aligned buffers: while one is written to the file, the other is filled."""
+
+    def __init__(self, file: int, writing: ThreadPoolExecutor) -> None:
+        self.file = file
+        self.writing = writing
+        self.buffers = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(2)]
+        self.filled = 0
+        self.offset = 0
+        self.pending: Future[None] | None = None
+        _set_direct(file, True)
+
+    def write(self, data: Buffer) -> None:
+        """Append bytes."""
+        view = memoryview(data)
+        while view:
+            count = min(len(view), BUFFER - self.filled)
+            self.buffers[0][self.filled : self.filled + count] = view[:count]
+            self.filled += count
+            view = view[count:]
+            if self.filled == BUFFER:
+                self._flush(BUFFER)
+
+    def finish(self, size: int) -> None:
+        """Write what is left, padded to a whole block, and cut the padding off."""
+        self._flush(-(-self.filled // ALIGNMENT) * ALIGNMENT)
+        self._wait()
+        os.ftruncate(self.file, size)
+
+    def _flush(self, count: int) -> None:
+        self._wait()
+        self.pending = self.writing.submit(_write_at, self.file, self.buffers[0][:count], self.offset)
+        self.buffers.reverse()
+        self.offset += count
+        self.filled = 0
+
+    def _wait(self) -> None:
+        if self.pending:
+            self.pending.result()
 
 
-def _read_back(file: int, offset: int, size: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(READ_BACK, size)))
-    while size:
-        count = os.preadv(file, [buffer[: min(len(buffer), size)]], offset)
-        if not count:
-            raise DestinationError("the file being written was cut short by somebody else.")
-        yield buffer[:count]
-        offset, size = offset + count, size - count
-
-
-def _write_at(file: int, data: Buffer, offset: int) -> None:
-    view = memoryview(data).cast("B")
+def _write_at(file: int, view: memoryview, offset: int) -> None:
+    """Write all of `view`; where the file system refuses a direct write, go through the page cache."""
     while view:
-        count = os.pwrite(file, view, offset)
+        try:
+            count = os.pwrite(file, view, offset)
+        except OSError as problem:
+            if problem.errno != errno.EINVAL or not _set_direct(file, False):
+                raise
+            continue
         view, offset = view[count:], offset + count
+
+
+def _set_direct(file: int, direct: bool) -> bool:
+    """Turn direct writes of a file on or off; tell whether that changed anything."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, wanted)
+    except OSError:
+        return False
+    return wanted != flags

@@ -69,27 +69,48 @@ def test_from_one_file_system_to_another(fp8: Path, small_disk: Path) -> None:
     assert make.same(make.read(small_disk / "dest"), make.read(fp8))
 
 
-@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
-def test_where_the_kernel_cannot_copy_the_bytes_pass_through_memory(
-    code: int, fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["when asked for", "when written"])
+def test_where_writes_cannot_go_past_the_page_cache_they_go_through_it(
+    where: str, fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ts.write(ts.ops.reverse_layers(ts.open(fp8)), tmp_path / "wanted")
+    ts.write(ts.ops.dequantize(ts.open(fp8)), tmp_path / "wanted")
+    control, write = fcntl.fcntl, os.pwrite
 
-    def cannot(*_: Any) -> int:
-        raise OSError(code, os.strerror(code))
+    def without_direct(file: int, command: int, flags: int = 0) -> int:
+        if where == "when asked for" and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct writes")
+        return control(file, command, flags)
 
-    monkeypatch.setattr(os, "copy_file_range", cannot)
-    ts.write(ts.ops.reverse_layers(ts.open(fp8)), tmp_path / "dest")
+    def picky(file: int, data: memoryview, offset: int) -> int:
+        if control(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct writes")
+        return write(file, data, offset)
+
+    monkeypatch.setattr(fcntl, "fcntl", without_direct)
+    monkeypatch.setattr(os, "pwrite", picky)
+    ts.write(ts.ops.dequantize(ts.open(fp8)), tmp_path / "dest")
     assert make.contents(tmp_path / "dest") == make.contents(tmp_path / "wanted")
 
 
-def test_copies_and_writes_that_stop_short_go_on(fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_and_writes_that_stop_short_go_on(fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ts.write(ts.ops.dequantize(ts.open(fp8)), tmp_path / "wanted")
-    copy, write = os.copy_file_range, os.pwrite
-    monkeypatch.setattr(os, "copy_file_range", lambda a, b, size, *at: copy(a, b, max(1, size // 2), *at))
+    read, write = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: read(file, [views[0][: max(1, len(views[0]) // 2)]], at))
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: write(file, data[: max(1, len(data) // 3)], at))
     ts.write(ts.ops.dequantize(ts.open(fp8)), tmp_path / "dest")
     assert make.contents(tmp_path / "dest") == make.contents(tmp_path / "wanted")
+
+
+def test_an_error_of_the_disk_is_not_taken_for_a_lack_of_direct_writes(
+    fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    with pytest.raises(DestinationError, match="Input/output error"):
+        ts.write(ts.open(fp8), tmp_path / "dest")
+    assert not (tmp_path / "dest").exists()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

@@ -144,8 +144,12 @@ def surgeon(*arguments: object) -> list[str]:
     return [*COMMAND, *map(str, arguments)]
 
 
-def prepare(dest: Path, source: Path) -> None:
-    """Remove what the last run wrote, let the disk come to rest, and read the source into the page cache."""
+def prepare(dest: Path, source: Path, size: int) -> None:
+    """Remove what the last run wrote, let the disk come to rest, and bring memory into one state for every run.
+
+    The source is read into the page cache. Then memory for `size` bytes of output is touched and given back: a
+    virtual machine returns free memory to its host, and getting it again costs several times what a copy does.
+    """
     shutil.rmtree(dest, ignore_errors=True)
     subprocess.run(["sync"], check=True)
     buffer = bytearray(8 * MIB)
@@ -153,6 +157,13 @@ def prepare(dest: Path, source: Path) -> None:
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+    run([sys.executable, "-S", "-c", f"b'x' * {min(size, available_memory() // 2)}"])
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that are free or quickly freed."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 @contextmanager
@@ -173,19 +184,19 @@ def measure_select_layers(setup: Setup) -> list[Figure]:
         options = ["--layers", layers, "--max-shard-size", setup.shard_size, "--quiet"]
         run(surgeon("select-layers", source, output, *options))
         check_reordered(source, output, sequence)
+        size = directory_size(output)
         copying = ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(output), str(dest)]
 
         def ours() -> Run:
-            prepare(dest, source)
+            prepare(dest, source, size)
             return run(surgeon("select-layers", source, dest, *options))
 
         def theirs() -> Run:
-            prepare(dest, output)
+            prepare(dest, output, size)
             return run(copying)
 
         mine, other = alternate(setup.runs, ours, theirs)
-        size = directory_size(output) / 1e9
-    title = f"select-layers, {size:.2f} GB, with cp -r and sync"
+    title = f"select-layers, {size / 1e9:.2f} GB, with cp -r and sync"
     return [
         Figure(f"{title}: wall", "s", [it.wall for it in mine], [it.wall for it in other], 1.15),
         Figure(f"{title}: CPU", "s", [it.cpu for it in mine], [it.cpu for it in other]),
@@ -199,18 +210,18 @@ def measure_dequantize(setup: Setup) -> list[Figure]:
         shapes = synthetic.in_fp8(setup.fp8.shapes())
         synthetic.write(source, shapes, synthetic.fp8_config(setup.fp8.config()), setup.shard_size)
         reference = helper("reference", source, dest)
-        check_decoded(source, place)
+        size = check_decoded(source, place)
 
         def ours() -> Run:
-            prepare(dest, source)
+            prepare(dest, source, size)
             return run(surgeon("dequantize", source, dest, "--quiet"))
 
         def theirs() -> Run:
-            prepare(dest, source)
+            prepare(dest, source, size)
             return run(reference)
 
         mine, other = alternate(setup.runs, ours, theirs)
-        serial = [phases(source, dest) for _ in range(setup.runs)]
+        serial = [phases(source, dest, size) for _ in range(setup.runs)]
         codes = sum(synthetic.nbytes(*it) for it in shapes.values() if it[0] == "F8_E4M3") / 1e9
     walls, cpus = [it.wall for it in mine], [it.cpu for it in mine]
     title = f"dequantize, {codes:.2f} GB of codes"
@@ -223,9 +234,9 @@ def measure_dequantize(setup: Setup) -> list[Figure]:
     ]
 
 
-def phases(source: Path, dest: Path) -> dict[str, float]:
+def phases(source: Path, dest: Path, size: int) -> dict[str, float]:
     """Return the seconds that each phase of `dequantize` takes when the next only begins after it."""
-    prepare(dest, source)
+    prepare(dest, source, size)
     done = subprocess.run(helper("phases", source, dest), capture_output=True, check=True)
     return {name: float(seconds) for name, seconds in json.loads(done.stdout).items()}
 
@@ -246,7 +257,7 @@ def measure_memory(setup: Setup) -> list[Figure]:
             synthetic.write(source, shapes, config, setup.shard_size, sparse=True)
             peaks = []
             for _ in range(setup.runs):
-                prepare(dest, source)
+                shutil.rmtree(dest, ignore_errors=True)
                 floor = run([sys.executable, "-c", IMPORTS[command]]).peak
                 peaks.append((run(surgeon(command, source, dest, *options, "--quiet")).peak - floor) / MIB)
             largest = max(synthetic.nbytes(*it) for it in shapes.values()) / MIB
@@ -326,8 +337,11 @@ def check_reordered(source: Path, output: Path, sequence: list[int]) -> None:
         require_equal(name, after[name].get_tensor(name), before[original].get_tensor(original))
 
 
-def check_decoded(source: Path, place: Path) -> None:
-    """Check on a sample that ours and the reference decode to the same bits; what they wrote is removed again."""
+def check_decoded(source: Path, place: Path) -> int:
+    """Check on a sample that ours and the reference decode to the same bits; return the bytes of ours.
+
+    What was written is removed again.
+    """
     ours, theirs = place / "ours", place / "theirs"
     run(surgeon("dequantize", source, ours, "--quiet"))
     run(helper("reference", source, theirs))
@@ -336,8 +350,10 @@ def check_decoded(source: Path, place: Path) -> None:
         raise AssertionError("dequantize: does not write the tensors that the reference writes.")
     for name in set(sample(source)) & set(mine):
         require_equal(name, mine[name].get_tensor(name), other[name].get_tensor(name))
+    size = directory_size(ours)
     shutil.rmtree(ours)
     shutil.rmtree(theirs)
+    return size
 
 
 def helper(name: str, source: Path, dest: Path) -> list[str]:
