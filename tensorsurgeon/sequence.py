@@ -175,7 +175,7 @@ def _skip_list_under(entries: Sequence[str], ckpt: Checkpoint, stack: LayerStack
 
 
 def _names_a_layer(text: str) -> bool:
-    return bool(re.search(r"(layers|layer|h|blocks?)\\?\.[\\(\[]*\d", text))
+    return bool(re.search(r"(?<![a-z])(layers|layer|h|blocks?)\\?\.[\\(\[]*\d", text))
 
 
 def _strings(value: Any) -> Iterable[str]:

@@ -24,9 +24,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECEIPT = "tensorsurgeon.json"
 
-_WEIGHTS = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|onnx_data|ot|tflite|npz|pdparams)(\.index\.json)?$"
-)
+_OTHER_WEIGHTS = (
+    "bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack", "onnx", "onnx_data", "ot", "tflite", "npz", "pdparams",
+)  # fmt: skip
+_WEIGHTS = re.compile(rf"\.(safetensors|{'|'.join(_OTHER_WEIGHTS)})(\.index\.json)?$")
 """Weights in any format, and their indexes: they never travel along, as they would contradict what is written."""
 
 _PREFERRED_BY_VLLM = re.compile(r"^(consolidated.*|params\.json)$")
@@ -112,8 +113,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        other_weights = [f"*.{end}" for end in _WEIGHTS.pattern[3:].split(")")[0].split("|")]
-        snapshot = Path(snapshot_download(repo, revision=revision, ignore_patterns=[*other_weights, "consolidated*"]))
+        needless = ["*.safetensors", "consolidated*", *(f"*.{ending}" for ending in _OTHER_WEIGHTS)]
+        snapshot = Path(snapshot_download(repo, revision=revision, ignore_patterns=needless))
         shards = _read_index(snapshot, fetching=True)[0]
         # The snapshot is named after its commit: the shards come from the same one.
         return Path(snapshot_download(repo, revision=snapshot.name, allow_patterns=list(shards)))

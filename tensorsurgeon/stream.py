@@ -35,9 +35,12 @@ def stream_shard(plan: Plan, shard: ShardPlan, file: int, pool: ThreadPoolExecut
     with ThreadPoolExecutor(1) as writing:
         output = _Output(file, writing)
         for data in _in_order(plan, shard, pool):
-            digest.update(data)
-            output.write(data)
-            advance(len(data))
+            # Bit by bit, so that the disk writes one buffer while the next is hashed.
+            for start in range(0, len(data), BUFFER):
+                part = memoryview(data)[start : start + BUFFER]
+                digest.update(part)
+                output.write(part)
+                advance(len(part))
         output.finish(shard.size)
     return digest.hexdigest()
 

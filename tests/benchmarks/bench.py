@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -402,21 +403,30 @@ def dequantize_in_turn(source: Path, dest: Path) -> None:
     dest.mkdir()
     digest = hashlib.sha256()
     for shard in plan.shards:
-        with open(dest / shard.file, "wb", buffering=0) as file:
-            for piece in shard.pieces(plan.block_memory):
-                if piece.tensor:
-                    first, last = piece.rows
-                    inputs = [
-                        timed("read", it.tensor.read, first // it.rows, -(-last // it.rows))
-                        for it in piece.tensor.inputs
-                    ]
-                    data = timed("compute", piece.tensor.function, *inputs).data
-                else:
-                    data = timed("read", read_span, piece.span)
-                timed("hash", digest.update, data)
-                timed("write", file.write, data)
-            timed("flush", os.fsync, file.fileno())
+        for piece in shard.pieces(plan.block_memory):
+            if piece.tensor:
+                first, last = piece.rows
+                blocks = [(it.tensor, first // it.rows, -(-last // it.rows)) for it in piece.tensor.inputs]
+                inputs = [timed("read", tensor.read, start, stop) for tensor, start, stop in blocks]
+                data = timed("compute", piece.tensor.function, *inputs).data
+            else:
+                data = timed("read", read_span, piece.span)
+            timed("hash", digest.update, data)
+        timed("write", write_directly, dest / shard.file, shard.size)
     print(json.dumps(seconds))
+
+
+def write_directly(path: Path, size: int) -> None:
+    """Write a file of `size` bytes, rounded up to whole blocks, past the page cache."""
+    buffer = memoryview(mmap.mmap(-1, 4 * MIB))
+    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
+    try:
+        os.posix_fallocate(file, 0, size)
+        for begin in range(0, size, len(buffer)):
+            os.write(file, buffer[: -(-(size - begin) // 4096) * 4096])
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 HELPERS = {"reference": decode_in_torch, "phases": dequantize_in_turn}
