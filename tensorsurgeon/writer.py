@@ -12,28 +12,24 @@ goes on; another plan is refused.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.document import render
+from tensorsurgeon.durable import explaining, fsync_directory, write_small
 from tensorsurgeon.errors import CheckpointError, DestinationError
 from tensorsurgeon.plan import MEMORY, Plan, ShardPlan, file_size, make_plan
 from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.receipt import make_receipt
 from tensorsurgeon.sizes import format_size, parse_size
-from tensorsurgeon.source import RECEIPT, SideFile
+from tensorsurgeon.source import RECEIPT
 from tensorsurgeon.stream import stream_shard
-
-CHUNK = 2**20
 
 
 def write(
@@ -73,11 +69,11 @@ def write_plan(
         if part != (1, 1):
             return None
         for name, file in plan.files.items():
-            digests[name] = _write_small(tree / name, file)
+            digests[name] = write_small(tree / name, file)
             advance(file_size(file))
     _check_sources(plan)
     receipt = make_receipt(plan, digests)
-    _write_small(tree / RECEIPT, (render(receipt) + "\n").encode())
+    write_small(tree / RECEIPT, (render(receipt) + "\n").encode())
     _remove_strangers(tree, {*digests, RECEIPT})
     _publish(tree, dest, partial)
     return receipt
@@ -111,10 +107,10 @@ def _prepare(plan: Plan, partial: Path, overwrite: bool) -> None:
             )
         shutil.rmtree(partial)
     _require_space(plan, partial)
-    with _explaining(partial):
+    with explaining(partial):
         partial.mkdir(parents=True, exist_ok=True)
     if not note.exists():
-        _write_small(note, json.dumps({"tensorsurgeon": __version__, "digest": plan.digest}).encode())
+        write_small(note, json.dumps({"tensorsurgeon": __version__, "digest": plan.digest}).encode())
     (partial / "checkpoint").mkdir(exist_ok=True)
     (partial / "done").mkdir(exist_ok=True)
 
@@ -143,7 +139,7 @@ def _write_shards(plan: Plan, shards: tuple[ShardPlan, ...], partial: Path, adva
                 advance(shard.size)
                 continue
             temporary = partial / "checkpoint" / f".{shard.file}"
-            with _explaining(temporary):
+            with explaining(temporary):
                 file = _open_exclusively(temporary)
                 try:
                     digest = digests[shard.file] = stream_shard(plan, shard, file, pool, advance)
@@ -170,7 +166,7 @@ def _open_exclusively(path: Path) -> int:
 
 def _finish_shard(file: int, temporary: Path, partial: Path, shard: ShardPlan, digest: str) -> None:
     """Flush a shard to the disk, give it its name, and only then note that it is done."""
-    with _explaining(temporary):
+    with explaining(temporary):
         try:
             os.fsync(file)
             length = os.fstat(file).st_size
@@ -179,8 +175,8 @@ def _finish_shard(file: int, temporary: Path, partial: Path, shard: ShardPlan, d
             os.rename(temporary, temporary.with_name(shard.file))
         finally:
             os.close(file)
-        _fsync_directory(temporary.parent)
-    _write_small(partial / "done" / f"{shard.file}.json", json.dumps({"sha256": digest}).encode())
+        fsync_directory(temporary.parent)
+    write_small(partial / "done" / f"{shard.file}.json", json.dumps({"sha256": digest}).encode())
 
 
 def _digest_of(partial: Path, shard: ShardPlan) -> str | None:
@@ -191,41 +187,6 @@ def _digest_of(partial: Path, shard: ShardPlan) -> str | None:
         return str(json.loads((partial / "done" / f"{shard.file}.json").read_bytes())["sha256"])
     except FileNotFoundError:
         return None
-
-
-def _write_small(path: Path, content: SideFile) -> str:
-    """Write a small file whole, flushed and renamed; return its SHA-256."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    digest = hashlib.sha256()
-    with _explaining(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            for chunk in [content] if isinstance(content, bytes) else _chunks(content):
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-        _fsync_directory(path.parent)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _explaining(path: Path) -> Iterator[None]:
-    """Turn what the system says into an error that tells where, and that nothing is lost."""
-    try:
-        yield
-    except OSError as problem:
-        where = problem.filename or path
-        raise DestinationError(
-            f"{where}: {problem.strerror or problem}; finished shards are kept, and the same command goes on."
-        ) from problem
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
 
 
 def _check_sources(plan: Plan) -> None:
@@ -249,13 +210,5 @@ def _publish(tree: Path, dest: Path, partial: Path) -> None:
     if dest.exists():
         os.rename(dest, partial / "replaced")
     os.rename(tree, dest)
-    _fsync_directory(dest.parent)
+    fsync_directory(dest.parent)
     shutil.rmtree(partial)
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
