@@ -47,8 +47,8 @@ LEAVES = {"_version": set(), "errors": set(), "progress": set(), "sizes": {"erro
 
 LIGHT = (
     "_version", "errors", "sizes", "progress", "format", "document", "tensor", "names", "config", "fields", "source",
-    "checkpoint", "sequence", "plan", "registry", "receipt", "stream", "durable", "writer", "quantized", "ops", "recipe",
-    "cli", "report", "__init__", "__main__", "exams/__init__", "exams/overview", "exams/integrity",
+    "checkpoint", "sequence", "plan", "registry", "receipt", "stream", "durable", "writer", "quantized", "ops",
+    "recipe", "cli", "report", "__init__", "__main__", "exams/__init__", "exams/overview", "exams/integrity",
 )  # fmt: skip
 """Modules that start at once: none of them imports a library of numbers, not even later for its own use."""
 
