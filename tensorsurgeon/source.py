@@ -90,11 +90,6 @@ def read_source(location: str | os.PathLike[str]) -> Contents:
     return Contents(source, tensors, files, metadata, (*unlisted, *behind, *clashes))
 
 
-def find_directory(location: str | os.PathLike[str]) -> Path:
-    """Return the directory of a checkpoint, fetching it from the hub where `location` is a hub id."""
-    return _locate(location)[1]
-
-
 def _locate(location: str | os.PathLike[str]) -> tuple[str, Path]:
     path = Path(location)
     if path.is_dir():

@@ -21,7 +21,7 @@ import make
 from tensorsurgeon.checkpoint import Checkpoint, Step, extra_layers, layer_count, open_checkpoint, text_config_path
 from tensorsurgeon.errors import CheckpointError, UsageError
 from tensorsurgeon.names import LayerStack
-from tensorsurgeon.source import CONFIG, INDEX, SINGLE, find_directory
+from tensorsurgeon.source import CONFIG, INDEX, SINGLE
 from tensorsurgeon.tensor import LazyTensor
 
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
@@ -68,7 +68,7 @@ def test_all_tensors_are_those_that_safetensors_reads(tmp_path: Path, shards: in
 
 def test_a_location_may_be_text_or_a_path(plain: Path) -> None:
     assert list(open_checkpoint(str(plain))) == list(open_checkpoint(plain))
-    assert find_directory(str(plain)) == plain
+    assert open_checkpoint(str(plain)).sources[0].directory == plain.resolve()
 
 
 def test_tensors_come_in_the_order_of_the_files(sharded: Path) -> None:

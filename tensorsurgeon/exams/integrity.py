@@ -22,7 +22,7 @@ from tensorsurgeon.quantized import PACKED, companions, fp8_block, quantized_ten
 from tensorsurgeon.receipt import seal
 from tensorsurgeon.registry import Findings, Location, exam
 from tensorsurgeon.sequence import layer_shapes
-from tensorsurgeon.source import INDEX, RECEIPT, SINGLE, find_directory
+from tensorsurgeon.source import INDEX, RECEIPT, SINGLE
 
 CHUNK = 4 * 2**20
 
@@ -49,7 +49,7 @@ def verify(model: Location, deep: bool = False) -> Findings:
         ckpt = open_checkpoint(model)
     except CheckpointError as problem:
         return Findings({"checks": [_row("headers and index", problem.problems)]}, problem.problems)
-    directory = find_directory(model)
+    directory = ckpt.sources[0].directory
     checks: dict[str, Callable[[], Problems]] = {
         "headers and index": lambda: _unlisted(ckpt, directory),
         "stray weights": lambda: _strays(ckpt, directory),

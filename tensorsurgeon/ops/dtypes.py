@@ -26,13 +26,15 @@ def cast(ckpt: Checkpoint, dtype: FloatName, tensors: Glob = "*") -> Checkpoint:
     names = ckpt.names(tensors)
     require_plain(ckpt, names, "cast")
     target = DTYPES[dtype]
-    chosen = {name for name in names if ckpt[name].dtype in PLAIN and ckpt[name].dtype != target}
-    cast_tensors = {name: _cast(it, target) if name in chosen else it for name, it in ckpt.tensors.items()}
-    config = with_dtype(ckpt.config.value, dtype) if len(names) == len(ckpt) else ckpt.config.value
-    return ckpt.replace(tensors=cast_tensors, config=config)
+    changed = ckpt.map(lambda tensor: _cast(tensor, target), tensors)
+    whole = len(names) == len(ckpt)
+    return changed.replace(config=with_dtype(ckpt.config.value, dtype)) if whole else changed
 
 
 def _cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    if tensor.dtype not in PLAIN or tensor.dtype == dtype:
+        return tensor
+
     def cast_rows(block: Block) -> Block:
         from tensorsurgeon.kernels.casting import cast_block
 

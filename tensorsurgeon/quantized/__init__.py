@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError
+from tensorsurgeon.format import BITS
 from tensorsurgeon.tensor import LazyTensor
 
 PLAIN = ("F64", "F32", "F16", "BF16")
@@ -63,7 +64,7 @@ def quantized_tensors(tensors: Mapping[str, LazyTensor]) -> list[str]:
         name
         for name, tensor in tensors.items()
         if name in described
-        or tensor.dtype.startswith(("F8", "F4", "F6"))
+        or (BITS[tensor.dtype] < 16 and tensor.dtype.startswith("F"))
         or (tensor.dtype not in PLAIN and (name in modules or name.removesuffix(".weight") in modules))
     ]
 
