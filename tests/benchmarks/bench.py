@@ -134,10 +134,10 @@ def run(command: list[str]) -> Run:
     return Run(wall, cpu, peak)
 
 
-def alternate(runs: int, ours: Callable[[], Run], theirs: Callable[[], Run]) -> tuple[list[Run], list[Run]]:
-    """Run ours, theirs, ours, theirs and so on."""
-    pairs = [(ours(), theirs()) for _ in range(runs)]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+def alternate(runs: int, *tasks: Callable[[], Any]) -> tuple[list[Any], ...]:
+    """Do the first task, the second and so on, then all again, `runs` times; return the results of each."""
+    rounds = [[task() for task in tasks] for _ in range(runs)]
+    return tuple(map(list, zip(*rounds, strict=True)))
 
 
 def surgeon(*arguments: object) -> list[str]:
@@ -221,8 +221,7 @@ def measure_dequantize(setup: Setup) -> list[Figure]:
             prepare(dest, source, size)
             return run(reference)
 
-        mine, other = alternate(setup.runs, ours, theirs)
-        serial = [phases(source, dest, size) for _ in range(setup.runs)]
+        mine, other, serial = alternate(setup.runs, ours, theirs, lambda: phases(source, dest, size))
         codes = sum(synthetic.nbytes(*it) for it in shapes.values() if it[0] == "F8_E4M3") / 1e9
     walls, cpus = [it.wall for it in mine], [it.cpu for it in mine]
     title = f"dequantize, {codes:.2f} GB of codes"
