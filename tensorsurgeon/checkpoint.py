@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from tensorsurgeon.config import extra_layers, layer_count, text_config_path
 from tensorsurgeon.document import Document
-from tensorsurgeon.errors import UsageError
+from tensorsurgeon.errors import CheckpointError, UsageError
 from tensorsurgeon.names import LayerStack, find_stack, matching
-from tensorsurgeon.source import SideFile, Source, read_source
+from tensorsurgeon.roles import Role, find_roles
+from tensorsurgeon.source import ADAPTER, MODEL, Layout, SideFile, Source, read_source
 from tensorsurgeon.tensor import LazyTensor
 
 
@@ -80,6 +81,16 @@ class Checkpoint:
         return self.replace(warnings=(*self.warnings, *texts))
 
     @property
+    def layout(self) -> Layout:
+        """What its files are called."""
+        return self.sources[0].layout if self.sources else MODEL
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT adapter rather than a model."""
+        return self.layout is ADAPTER
+
+    @property
     def text_config(self) -> Mapping[str, Any]:
         """The part of the config that describes the language model: a nested one, or all of it."""
         part: Any = self.config.value
@@ -92,14 +103,31 @@ class Checkpoint:
         """The keys that lead to the language model's config; empty where it is not nested."""
         return text_config_path(self.config.value)
 
+    @property
+    def model_type(self) -> str:
+        """The model type of the language model; a nested config without one is of the outer one's text type."""
+        nested = "_text" if self.text_config_path else ""
+        return str(self.text_config.get("model_type") or f"{self.config.value.get('model_type')}{nested}")
+
     @cached_property
     def layers(self) -> LayerStack:
-        """The stack of decoder layers.
+        """The stack of decoder layers; of an adapter, up to the last that it holds anything for.
 
         Raises:
             CheckpointError: where the tensor names and the config do not agree on one.
         """
+        if self.is_adapter:
+            return find_stack(self.tensors, gaps=True)
         return find_stack(self.tensors, layer_count(self.text_config), extra_layers(self.text_config))
+
+    @cached_property
+    def roles(self) -> Mapping[str, Role]:
+        """The role of every tensor, in order."""
+        try:
+            stack = self.layers
+        except CheckpointError:
+            stack = None
+        return find_roles({name: tensor.shape for name, tensor in self.tensors.items()}, self.config.value, stack)
 
 
 def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:

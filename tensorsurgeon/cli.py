@@ -17,6 +17,7 @@ import click
 import tensorsurgeon.exams  # noqa: F401  declares the exams
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
+from tensorsurgeon.engines import ENGINES, Engine
 from tensorsurgeon.errors import SurgeonError, UsageError, nearest
 from tensorsurgeon.plan import make_plan
 from tensorsurgeon.recipe import Recipe, load_recipe, recipe_schema
@@ -100,13 +101,14 @@ def _operation_command(spec: Spec) -> click.Command:
 
 
 def _run_command() -> click.Command:
-    def run(recipe: str, settings: tuple[str, ...], **options: Any) -> int:
-        return _write(load_recipe(recipe, settings), **options)
+    def run(recipe: str, dest: str | None, settings: tuple[str, ...], **options: Any) -> int:
+        return _write(load_recipe(recipe, settings, dest), **options)
 
     meaning = "Lay a value over the recipe, such as steps.1.layers=10-12."
     setting = click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help=meaning)
-    params = [click.Argument(["recipe"]), setting, *_writing_options()]
-    return _command("run", run, "Run a recipe: a YAML file with source, dest and steps.", params)
+    params = [click.Argument(["recipe"]), click.Argument(["dest"], required=False), setting, *_writing_options()]
+    summary = "Run a recipe: a YAML file with source, dest and steps, or a mergekit config that passes layers through."
+    return _command("run", run, summary, params)
 
 
 def _reference_command() -> click.Command:
@@ -128,9 +130,10 @@ def _write(
     overwrite: bool,
     quiet: bool,
     max_shard_size: int | None = None,
+    target: Engine | None = None,
 ) -> int:
     ckpt: Checkpoint = recipe.checkpoint()
-    plan = make_plan(ckpt, max_shard_size or recipe.max_shard_size, memory, threads)
+    plan = make_plan(ckpt, max_shard_size or recipe.max_shard_size, memory, threads, target or recipe.target)
     dest = Path(recipe.dest)
     check_destination(plan, dest, overwrite)
     if dry_run:
@@ -166,11 +169,12 @@ def _option(parameter: Parameter) -> click.Option:
     if parameter.type is bool:
         return click.Option([name, parameter.name], is_flag=True, help=parameter.help)
     kind = click.Choice(parameter.choices) if parameter.choices else None
-    metavar = None if parameter.choices else parameter.name.upper()
+    metavar = None if parameter.choices else "NAME=MODEL" if parameter.repeated else parameter.name.upper()
     return click.Option(
         [name, parameter.name],
         type=kind,
         required=parameter.required,
+        multiple=parameter.repeated,
         metavar=metavar,
         help=parameter.help + note,
     )
@@ -190,6 +194,7 @@ def _writing_options() -> list[click.Parameter]:
         click.Option(["--threads"], type=click.IntRange(min=1), help="Threads at work.  [default: the cores]"),
         click.Option(["--max-shard-size"], callback=size, metavar="SIZE",
                      help="Most bytes of tensors in a shard.  [default: 5GB]"),
+        click.Option(["--target"], type=click.Choice(ENGINES), help="Refuse what this engine would read otherwise."),
         click.Option(["--shards"], callback=_parsed_by(parse_part), metavar="I/N",
                      help="Write only part I of N; a run without it completes the work."),
         click.Option(["--overwrite"], is_flag=True, help="Replace an earlier output, and unfinished work."),
@@ -198,7 +203,7 @@ def _writing_options() -> list[click.Parameter]:
 
 
 def _present(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in given.items() if value not in (None, ())}
 
 
 def _print(result: Any) -> None:

@@ -1,129 +1,198 @@
-"""The per-layer fields of config.json, as tables of rules.
+"""What a config says of each layer, and how it says that of other layers.
 
-A sequence `seq` of length N over a stack of L layers makes output layer k of source layer `seq[k]`. A field
-keeps its meaning where what it says of layer k is what it said of layer `seq[k]`.
-
-Kinds of fields and the models that use them were read off transformers 5 and vLLM 0.32, `configuration_*.py`.
+A layer sequence makes output layer k of source layer `seq[k]`. A field is read as one value for each source
+layer; the values are taken in the order of the sequence; and the field is written so that it reads as those.
+Here are the fields that do that by the shape of their value: a list with an entry for each layer, a list of layer
+numbers, a mapping. What follows a rule is in `rules`, and which keys are which in `known_fields` and `families`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from tensorsurgeon.config import COUNT_KEYS, Config
-from tensorsurgeon.names import LayerSequence
+from tensorsurgeon.config import Config, extra_layers
 
-Rule = Callable[[Any, LayerSequence], bool]
-"""Tells whether a sequence leaves the meaning of a field's value as it is."""
+Meaning = list[Any]
+"""What a field says of each layer."""
 
+REMOVED = object()
+"""In edits, the value of a key that is taken out."""
 
-def _same_list(value: Any, seq: LayerSequence) -> bool:
-    return isinstance(value, Sequence) and len(value) > max(seq) and [value[i] for i in seq] == list(value)
+Fill = Callable[[Config, int], Meaning]
+"""What a model class makes of a config with a number of layers."""
 
-
-def _same_indices(value: Any, seq: LayerSequence) -> bool:
-    return isinstance(value, list) and all((i in value) == (k in value) for k, i in enumerate(seq))
-
-
-def _same_prefix(value: Any, seq: LayerSequence) -> bool:
-    return isinstance(value, int) and all((i < value) == (k < value) for k, i in enumerate(seq))
+Candidates = Callable[[Meaning, Config], Iterable[Config]]
+"""Settings that may say what a meaning says."""
 
 
-def _same_period(value: Any, seq: LayerSequence) -> bool:
-    if isinstance(value, Sequence):
-        return _same_list(value, seq)
-    return isinstance(value, int) and all(i % value == k % value for k, i in enumerate(seq))
+class InexpressibleError(Exception):
+    """No value of a field says what it would have to say."""
 
 
-def _never(value: Any, seq: LayerSequence) -> bool:
-    return False
+class Positions(frozenset[int]):
+    """The places of a layer's copies in the output: equal to the number of any of them."""
+
+    def __eq__(self, other: object) -> bool:
+        return other in self if isinstance(other, int) else super().__eq__(other)
+
+    __hash__ = frozenset.__hash__
 
 
-RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(
-        ("layers_block_type", "mlp_layer_types", "no_rope_layers", "layer_rope_theta", "attn_type_list",
-         "num_attention_heads_per_layer", "activation_sparsity_pattern", "indexer_types", "index_topk_pattern",
-         "hybrid_override_pattern", "hybrid_layer_pattern", "attention_layers", "block_types", "attn_layers",
-         "attention_window", "swiglu_limits", "swiglu_limits_shared", "partial_rotary_factors",
-         "use_rope_layers", "compress_ratios", "block_configs", "interleaved_sliding_window",
-         "kv_source_layers", "expert_swiglu_limit_list"), _same_list),
-    **dict.fromkeys(
-        ("mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs",
-         "rope_scaling_layers", "local_layer_ids"), _same_indices),
-    **dict.fromkeys(
-        ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "dense_mlp_idx",
-         "num_hash_layers"), _same_prefix),
-    **dict.fromkeys(
-        ("sliding_window_pattern", "global_attn_every_n_layers", "full_attention_interval",
-         "no_rope_layer_interval", "decoder_sparse_step", "encoder_sparse_step", "interleave_moe_layer_step",
-         "attn_layer_period", "expert_layer_period", "layer_group_size", "moe_layer_freq", "index_topk_freq",
-         "moe_layer_interval", "cross_layer_interval", "cross_attention_frequency"), _same_period),
-    **dict.fromkeys(
-        ("attention_types", "num_kv_shared_layers", "hidden_size_per_layer_input", "per_layer_config",
-         "linear_attn_config", "sparse_attention_config", "moe_layers_enum", "ple_layer_ids", "scale_depth",
-         "moe_layer_end_index", "moe_layer_start_index", "index_skip_topk_offset", "rescale_every",
-         "scale_attn_by_inverse_layer_idx", "num_layers_per_stack", "n_layers_per_attn_res_block",
-         "prefix_dense_sliding_window_pattern", "deepstack_layer_map", "spatial_target_layers",
-         "aligner_num_add_layers", "use_cla", "is_encoder_decoder", "altup_num_inputs"), _never),
-}  # fmt: skip
-"""Per-layer fields other than the count and `layer_types`; an empty, null, false or zero value says nothing."""
+@dataclass(frozen=True)
+class Field:
+    """A way to say something of each layer.
 
-ONLY_WITH = {"max_window_layers": "use_sliding_window", "attn_layer_offset": "attn_layer_period"}
-"""Fields without meaning unless another field is set."""
+    `read` takes a config and its number of layers, and gives None where the field says nothing. `write` takes
+    what the field shall say, the config, and the number of layers that its present value is about; it gives the
+    keys to edit, or raises InexpressibleError. A field that `points` names other layers by their numbers.
+    """
 
-IMPLIED = {
-    **dict.fromkeys(
-        ("afmoe", "bailing_hybrid", "beam", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm",
-         "deepseek_v4", "diffusion_gemma_text", "dots3_note_text", "embedding_gemma2_text", "exaone4",
-         "exaone_moe", "flint", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text",
-         "glm5_next_text", "gpt_oss", "granite_swa", "granitemoe_swa", "inkling_text", "kimi_linear",
-         "kolibri1", "lfm3", "mimo_v2_flash", "muse_glimmer_text", "muse_spark_text", "neomme", "olmo3",
-         "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp_text", "t5gemma2_text",
-         "ultrabert", "vaultgemma"),
-        "layer_types"),
-    "smollm3": "no_rope_layers",
-    "llama4_text": "no_rope_layers",
-    "gpt_neo": "attention_types",
-    "recurrent_gemma": "block_types",
-    "jamba": "attn_layer_period",
-    "nemotron_h": "hybrid_override_pattern",
-}  # fmt: skip
-"""Model types whose class alternates its layers by a rule of its own where the config does not have the field."""
+    keys: tuple[str, ...]
+    read: Callable[[Config, int], Meaning | None]
+    write: Callable[[Meaning, Config, int], Config]
+    points: bool = False
 
-POSITIONAL = {
-    "albert": "all layers share one set of weights",
-    "diffllama": "attention depends on a layer's number",
-    "flaubert": "a layer's tensors lie in parallel lists",
-    "gpt_neox_japanese": "the last layer is special",
-    "hrm_text": "there are two stacks",
-    "idefics": "cross-attention layers lie between the layers",
-    "inkling2_text": "layers attend to earlier ones by number",
-    "longcat_flash": "each layer holds two",
-    "minicpm": "residuals are scaled by the number of layers",
-    "minimax": "attention decay depends on a layer's number",
-    "modernbert": "the first layer is special",
-    "modernbert-decoder": "the first layer is special",
-    "rwkv": "layers are rescaled by number",
-    "xlm": "a layer's tensors lie in parallel lists",
-    "zamba": "layers share weights",
-    "zamba2": "layers share weights",
-    "zaya": "the first layer is special",
-}
-"""Model types in which a layer's place matters beyond any field of the config."""
-
-_REMOTE_SUSPECTS = re.compile(r"layer|pattern|period|freq|interval|every|first_k|shared")
-_REMOTE_SAFE = re.compile(r"norm|drop|num_hidden_layers|n_shared|num_shared|shared_expert|layer_scale|kv_share")
+    def says_something(self, config: Config, count: int) -> bool:
+        """Tell whether the config speaks of single layers in this field, even if in a way that cannot be read."""
+        try:
+            return self.read(config, count) is not None
+        except InexpressibleError:
+            return True
 
 
-def is_affected(key: str, value: Any, config: Config, count: int, seq: LayerSequence) -> bool:
-    """Tell whether a sequence over `count` layers changes what a field of the config says of each layer."""
-    if not value or (key in ONLY_WITH and not config.get(ONLY_WITH[key])):
-        return False
-    if key in RULES:
-        return not RULES[key](value, seq)
-    if isinstance(value, list) and len(value) == count and key not in ("layer_types", "architectures"):
-        return not _same_list(value, seq)
-    remote = "auto_map" in config and key not in COUNT_KEYS and key != "layer_types"
-    return remote and bool(_REMOTE_SUSPECTS.search(key)) and not _REMOTE_SAFE.search(key)
+def lookup(config: Config, key: str) -> Any:
+    """Return the value under a key such as `a` or `a.b`, or None."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def with_edits(config: Config, edits: Config) -> Config:
+    """Return a config with values set or removed under keys such as `a` or `a.b`."""
+    edited = dict(config)
+    for key, value in edits.items():
+        first, _, rest = key.partition(".")
+        if rest:
+            edited[first] = with_edits(edited[first], {rest: value})
+        elif value is REMOVED:
+            edited.pop(first, None)
+        else:
+            edited[first] = value
+    return edited
+
+
+def listed(key: str, always: bool = True) -> Field:
+    """Return the field of a list, or a text, with one entry for each layer; entries of an MTP tail stay behind.
+
+    One that is not `always` per layer says nothing of layers where it has another length.
+    """
+
+    def read(config: Config, count: int) -> Meaning | None:
+        value = lookup(config, key)
+        if not value or not (always or isinstance(value, list)):
+            return None
+        if not isinstance(value, list | tuple | str):
+            raise InexpressibleError("it is not a list with an entry for each layer")
+        if len(value) not in (count, count + extra_layers(config)):
+            if not always:
+                return None
+            raise InexpressibleError(f"it has {len(value)} entries, not one for each of {count} layers")
+        return list(value[:count])
+
+    def write(meaning: Meaning, config: Config, count: int) -> Config:
+        value = lookup(config, key)
+        tail = list(value[count:]) if isinstance(value, list | tuple | str) else []
+        entries = meaning + tail
+        return {key: "".join(entries) if isinstance(value, str) else entries}
+
+    return Field((key,), read, write)
+
+
+def repeating(key: str) -> Field:
+    """Return the field of a list that is repeated until there is an entry for each layer; a number is for all."""
+
+    def read(config: Config, count: int) -> Meaning | None:
+        value = lookup(config, key)
+        return [value[layer % len(value)] for layer in range(count)] if isinstance(value, list) and value else None
+
+    return Field((key,), read, lambda meaning, config, count: {key: meaning})
+
+
+def indices(key: str, base: int = 0) -> Field:
+    """Return the field of a list, or a text such as `3,4,5`, of the layers that something holds for."""
+
+    def numbers(config: Config) -> list[int] | None:
+        value = lookup(config, key)
+        if not value:
+            return None
+        if isinstance(value, str):
+            value = [int(part) if part.strip().isdecimal() else None for part in value.split(",")]
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise InexpressibleError("it is not a list of layers")
+        return value
+
+    def read(config: Config, count: int) -> Meaning | None:
+        found = numbers(config)
+        return None if found is None else [layer + base in found for layer in range(count)]
+
+    def write(meaning: Meaning, config: Config, count: int) -> Config:
+        tail = [number - count + len(meaning) for number in numbers(config) or () if number - base >= count]
+        found = [place + base for place, held in enumerate(meaning) if held] + tail
+        return {key: ",".join(map(str, found)) if isinstance(lookup(config, key), str) else found}
+
+    return Field((key,), read, write)
+
+
+def numbered(key: str) -> Field:
+    """Return the field of a mapping from a layer's number, as a text such as `07`, to what holds for it."""
+
+    def read(config: Config, count: int) -> Meaning | None:
+        value = lookup(config, key)
+        if not value:
+            return None
+        if not isinstance(value, Mapping):
+            raise InexpressibleError("it has no keys that are the numbers of layers")
+        by_layer = {int(number): settings for number, settings in value.items() if str(number).isdecimal()}
+        if len(by_layer) < len(value) or max(by_layer) >= count:
+            raise InexpressibleError(f"it has keys that are not the numbers of {count} layers")
+        return [by_layer.get(layer) for layer in range(count)]
+
+    def write(meaning: Meaning, config: Config, count: int) -> Config:
+        width = max(map(len, lookup(config, key)))
+        return {key: {f"{place:0{width}}": it for place, it in enumerate(meaning) if it is not None}}
+
+    return Field((key,), read, write)
+
+
+def runs(key: str, default: Any = None) -> Field:
+    """Return the field of a list of `[[types], times]`, as GPT-Neo has it."""
+
+    def read(config: Config, count: int) -> Meaning | None:
+        value = lookup(config, key) or default
+        if not value:
+            return None
+        types = [kind for kinds, times in value for _ in range(times) for kind in kinds]
+        if len(types) != count:
+            raise InexpressibleError(f"it describes {len(types)} layers, not {count}")
+        return types
+
+    return Field((key,), read, lambda meaning, config, count: {key: [[meaning, 1]]})
+
+
+def pointers(key: str) -> Field:
+    """Return the field of a list that names, for each layer, the one whose state it uses: itself or an earlier one."""
+    entries = listed(key)
+
+    def write(meaning: Meaning, config: Config, count: int) -> Config:
+        found = []
+        for place, positions in enumerate(meaning):
+            earlier = [position for position in positions if position <= place]
+            if not earlier:
+                raise InexpressibleError("it names a layer that would no longer stand before the one that uses it")
+            found.append(max(earlier))
+        return entries.write(found, config, count)
+
+    return Field((key,), entries.read, write, points=True)

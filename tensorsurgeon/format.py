@@ -46,6 +46,13 @@ class Span(NamedTuple):
     nbytes: int
 
 
+def join(one: Span, other: Span) -> Span | None:
+    """Return two spans as one where the other follows at once."""
+    if (other.path, other.offset) != (one.path, one.offset + one.nbytes):
+        return None
+    return Span(one.path, one.offset, one.nbytes + other.nbytes)
+
+
 class Entry(NamedTuple):
     """One tensor as a header describes it; `begin` and `end` count from the first byte of the data."""
 
@@ -104,11 +111,13 @@ def read_header(path: Path) -> Header:
     return Header(entries, metadata, data_offset, size)
 
 
-def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], alignment: int = ALIGNMENT
+) -> bytes:
     """Return the header of a file that holds `tensors` (name to dtype and shape) one after the other.
 
-    The JSON is padded with spaces to a multiple of 8 bytes, as the reference implementation does, so that the
-    data is aligned for whoever maps the file.
+    The JSON is padded with spaces so that the data begins at a multiple of `alignment`, by default of 8 bytes as
+    in the reference implementation, for whoever maps the file.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
@@ -117,7 +126,7 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text += b" " * (-(LENGTH_BYTES + len(text)) % alignment)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 

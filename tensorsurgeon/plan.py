@@ -2,6 +2,10 @@
 
 The plan is what `--dry-run` prints and what the writer takes: the same object. A worker that rebuilds it from
 the recipe can write any one shard alone.
+
+In each shard the tensors of whole pages come first, in the checkpoint's order, and the header is padded to a whole
+page: every large tensor then begins a page, for whoever maps the file and for file systems that share extents.
+The others follow, wide dtypes first, so that each is aligned to its own width.
 """
 
 from __future__ import annotations
@@ -9,23 +13,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.engines import Engine, with_engine_warnings
 from tensorsurgeon.errors import RefusedError, raise_all
-from tensorsurgeon.format import BITS, Span, header_bytes
+from tensorsurgeon.format import BITS, Span, header_bytes, join
 from tensorsurgeon.sizes import format_size
-from tensorsurgeon.source import CONFIG, INDEX, SINGLE, SideFile
+from tensorsurgeon.source import SideFile
 from tensorsurgeon.tensor import LazyTensor
+
+PAGE = 4096
+"""Bytes of a page of memory, which is what file systems share extents in multiples of, and write directly in."""
 
 SHARD_SIZE = 5_000_000_000
 MEMORY = 2**30
-COPY_BYTES = 16 * 2**20
-"""Most bytes that one task copies at once; more does not make it faster."""
+COPY_BYTES = 4 * 2**20
+"""Most bytes that one task copies at once: so few are still in the processor's cache when they are hashed."""
 BLOCK_MEMORY = 48 * 2**20
 """Most memory that one block takes while it is computed; more does not make it faster."""
 
@@ -57,13 +65,19 @@ class ShardPlan(NamedTuple):
         """Number of tensors whose bytes are copied as they are."""
         return sum(tensor.span is not None for tensor in self.tensors.values())
 
-    def pieces(self, block_memory: int) -> Iterator[Piece]:
-        """Yield what follows the header, in order; neighbours in the source are copied as one."""
+    def pieces(self, block_memory: int, edges: Container[int] = ()) -> Iterator[Piece]:
+        """Yield what follows the header, in order; neighbours in the source are copied as one.
+
+        No piece lies across any of `edges`, which are offsets in the file where a tensor begins.
+        """
         run: Span | None = None
+        offset = len(self.header)
         for name, tensor in self.tensors.items():
             span = tensor.span
-            if run and span and span.path == run.path and span.offset == run.offset + run.nbytes:
-                run = Span(run.path, run.offset, run.nbytes + span.nbytes)
+            joined = join(run, span) if run and span and offset not in edges else None
+            offset += tensor.nbytes
+            if joined:
+                run = joined
                 continue
             if run:
                 yield from _copies(run, block_memory)
@@ -129,21 +143,29 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    ckpt: Checkpoint, max_shard_size: int | None = None, memory: int = MEMORY, threads: int | None = None
+    ckpt: Checkpoint,
+    max_shard_size: int | None = None,
+    memory: int = MEMORY,
+    threads: int | None = None,
+    target: Engine | None = None,
 ) -> Plan:
     """Cut a checkpoint into shards of at most `max_shard_size` bytes of tensors, and fix how it is written.
 
     A tensor larger than that has a shard of its own. Neither `memory`, the most bytes that blocks may take
     together, nor `threads` changes what is written.
 
+    What engines would make of the config is added to the checkpoint's warnings.
+
     Raises:
-        RefusedError: where one row of a tensor takes more than `memory`.
+        RefusedError: where one row of a tensor takes more than `memory`, and for what the engine that is the
+            `target` reads otherwise than it is meant.
     """
+    ckpt = with_engine_warnings(ckpt, target)
     threads = threads or len(os.sched_getaffinity(0))
     shards = tuple(_shards(ckpt, max_shard_size or ckpt.shard_size or SHARD_SIZE))
-    files = {CONFIG: ckpt.config.encode(), **ckpt.files}
+    files = {ckpt.layout.config: ckpt.config.encode(), **ckpt.files}
     if len(shards) > 1:
-        files[INDEX] = _index(shards)
+        files[ckpt.layout.shards] = _index(shards)
     # One piece a thread, as many that wait for their turn to be hashed, and the one that is.
     in_hand = 2 * threads + 1
     block_memory = min(BLOCK_MEMORY, memory // in_hand)
@@ -189,17 +211,17 @@ def _shards(ckpt: Checkpoint, limit: int) -> Iterator[ShardPlan]:
     groups: list[dict[str, LazyTensor]] = [{}]
     filled = 0
     for name, tensor in ckpt.tensors.items():
-        if groups[-1] and filled + tensor.nbytes > limit:
+        if groups[-1] and filled + tensor.nbytes > limit and not ckpt.is_adapter:
             groups.append({})
             filled = 0
         groups[-1][name] = tensor
         filled += tensor.nbytes
     for number, group in enumerate(groups, 1):
-        file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        # Wide dtypes first, otherwise in order: every tensor is then aligned to its own width.
-        tensors = dict(sorted(group.items(), key=lambda item: -BITS[item[1].dtype]))
+        file = ckpt.layout.weights if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        # Whole pages stay in order, and what follows them is aligned to its width.
+        tensors = dict(sorted(group.items(), key=lambda item: 1 / BITS[item[1].dtype] if item[1].nbytes % PAGE else 0))
         described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-        yield ShardPlan(file, header_bytes(described, ckpt.metadata), tensors)
+        yield ShardPlan(file, header_bytes(described, ckpt.metadata, PAGE), tensors)
 
 
 def _index(shards: tuple[ShardPlan, ...]) -> bytes:
@@ -221,10 +243,12 @@ def _digest(
     stamps: tuple[Mapping[str, tuple[int, int]], ...],
 ) -> str:
     digest = hashlib.sha256(repr((__version__, ckpt.steps, stamps)).encode())
+    # Two sources may have shards of one name: each directory is known by its place among the sources.
+    places = {source.directory: str(place) for place, source in enumerate(ckpt.sources)}
     for shard in shards:
         digest.update(shard.header)
         for tensor in shard.tensors.values():
-            digest.update(tensor.describe().encode())
+            digest.update(tensor.describe(places).encode())
     for name, file in files.items():
         known = file if isinstance(file, bytes) else repr((file_size(file), file.stat().st_mtime_ns)).encode()
         digest.update(name.encode() + known)

@@ -20,11 +20,13 @@ import yaml
 
 import tensorsurgeon.ops  # noqa: F401  declares the operations
 from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
+from tensorsurgeon.engines import ENGINES, Engine
 from tensorsurgeon.errors import UsageError, nearest, raise_all
-from tensorsurgeon.registry import OPERATIONS, find_operation
+from tensorsurgeon.mergekit import is_mergekit, translated
+from tensorsurgeon.registry import OPERATIONS, apply_steps, find_operation
 from tensorsurgeon.sizes import parse_size
 
-KEYS = ("source", "dest", "steps", "max_shard_size")
+KEYS = ("source", "dest", "steps", "max_shard_size", "target")
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,17 @@ class Recipe:
     dest: str
     steps: tuple[Step, ...]
     max_shard_size: int | None = None
+    target: Engine | None = None
 
     def checkpoint(self) -> Checkpoint:
         """Open the source and apply the steps; no tensor is read."""
-        ckpt = open_checkpoint(self.source)
-        for step in self.steps:
-            parameters = {key.replace("-", "_"): value for key, value in step.parameters.items()}
-            ckpt = find_operation(step.name).function(ckpt, **parameters)
-        return ckpt
+        return apply_steps(open_checkpoint(self.source), self.steps)
 
 
-def load_recipe(path: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """Read a recipe from a YAML file, with `settings` such as `steps.1.layers=10-12` laid over it.
+def load_recipe(path: str | Path, settings: Iterable[str] = (), dest: str | None = None) -> Recipe:
+    """Read a recipe from a YAML file, with `settings` such as `steps.1.layers=10-12` laid over it, and `dest`.
+
+    A mergekit config with `merge_method: passthrough` is a recipe too, but for its destination.
 
     Raises:
         UsageError: with everything that is wrong in it.
@@ -65,6 +66,8 @@ def load_recipe(path: str | Path, settings: Iterable[str] = ()) -> Recipe:
             _set(data, setting)
         except UsageError as problem:
             reader.problems += problem.problems
+    if dest and isinstance(data, dict):
+        data["dest"] = dest
     return _recipe(data, reader)
 
 
@@ -100,6 +103,7 @@ def recipe_schema() -> dict[str, Any]:
             "dest": {"type": "string", "description": "The directory to write."},
             "steps": {"type": "array", "items": {"anyOf": steps}},
             "max_shard_size": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+            "target": {"enum": list(ENGINES)},
         },
         "required": ["source", "dest"],
         "additionalProperties": False,
@@ -159,6 +163,11 @@ class _Reader:
 def _recipe(data: Any, reader: _Reader) -> Recipe:
     if not isinstance(data, Mapping):
         raise UsageError(*reader.problems, f"{reader.name}: a recipe has the keys {', '.join(KEYS)}.")
+    if is_mergekit(data):
+        try:
+            data = translated(data)
+        except UsageError as problem:
+            raise UsageError(*reader.problems, *(f"{reader.name}: {text}" for text in problem.problems)) from None
     problems = reader.problems + [
         f"{reader.at(key)}: there is no key {key!r} in a recipe.{nearest(str(key), KEYS)}"
         for key in data
@@ -177,8 +186,11 @@ def _recipe(data: Any, reader: _Reader) -> Recipe:
         size = parse_size(data["max_shard_size"]) if "max_shard_size" in data else None
     except UsageError as problem:
         problems.append(f"{reader.at('max_shard_size')}: max_shard_size: {problem}")
+    target = data.get("target")
+    if target not in (None, *ENGINES):
+        problems.append(f"{reader.at('target')}: target is one of {', '.join(ENGINES)}, not {target!r}.")
     raise_all(UsageError, problems)
-    return Recipe(data["source"], data["dest"], tuple(step for step in parsed if step), size)
+    return Recipe(data["source"], data["dest"], tuple(step for step in parsed if step), size, target)
 
 
 def _step(item: Any, reader: _Reader, place: int, problems: list[str]) -> Step | None:

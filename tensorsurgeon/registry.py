@@ -11,57 +11,19 @@ import inspect
 import os
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, Union, get_args, get_origin, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-    create_model,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from tensorsurgeon.checkpoint import Checkpoint, Step
+from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
 from tensorsurgeon.errors import UsageError, nearest, raise_all
-from tensorsurgeon.names import LayerSequence, format_layers, parse_layers
-from tensorsurgeon.sizes import parse_size
+from tensorsurgeon.notation import NamedLayer, format_layers, format_named_layers
+from tensorsurgeon.parameters import Location
 
 P = ParamSpec("P")
-
-
-def _checked_by(parse: Callable[[Any], Any], schema: dict[str, Any]) -> tuple[BeforeValidator, WithJsonSchema]:
-    def check(value: Any) -> Any:
-        try:
-            return parse(value)
-        except UsageError as problem:
-            raise ValueError(str(problem)) from None
-        except TypeError:
-            raise ValueError(f"{value!r} is of no type that it may have") from None
-
-    return BeforeValidator(check), WithJsonSchema(schema)
-
-
-_layers = _checked_by(
-    parse_layers,
-    {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]},
-)
-_size = _checked_by(parse_size, {"anyOf": [{"type": "string"}, {"type": "integer"}]})
-
-Layers = Annotated[LayerSequence, *_layers]
-"""A layer sequence, in its notation or as numbers."""
-Size = Annotated[int, *_size]
-"""A size in bytes, as a number or as text such as 5GB."""
-Count = Annotated[int, Field(ge=1)]
-"""A whole number from 1."""
-Glob = Annotated[str, Field(min_length=1)]
-"""A pattern for tensor names; commas separate alternatives."""
-Location = Annotated[str, Field(min_length=1)]
-"""Where a checkpoint lies, given to an exam that must see it even where it cannot be opened."""
 
 
 class Findings(NamedTuple):
@@ -91,6 +53,11 @@ class Parameter(NamedTuple):
         if get_origin(annotation) in (Union, types.UnionType):
             (annotation,) = (part for part in get_args(annotation) if part is not type(None))
         return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+    @property
+    def repeated(self) -> bool:
+        """Whether it is a mapping, given entry by entry on the command line."""
+        return get_origin(self.type) is dict
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -148,12 +115,9 @@ class Spec:
         return f"{self.name}: {message}" if message.startswith(f"{key}:") else f"{self.name}: {key}: {message}."
 
     def recorded(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Return checked parameters as they stand in a recipe: one spelling for one meaning, null left out."""
-        return {
-            key: format_layers(value) if isinstance(value, tuple) else value
-            for key, value in parameters.items()
-            if value is not None
-        }
+        """Return checked parameters as they stand in a recipe: one spelling for one meaning, unset ones left out."""
+        unset = {parameter.name for parameter in self.parameters if parameter.default in (None, False)}
+        return {key: _recorded(it) for key, it in parameters.items() if it or key not in unset}
 
 
 OPERATIONS: dict[str, Spec] = {}
@@ -187,6 +151,25 @@ def exam(function: Callable[P, Findings]) -> Callable[P, Findings]:
     return call
 
 
+def open_model(model: str | Mapping[str, Any] | Checkpoint) -> Checkpoint:
+    """Open a further model of an operation, and apply its steps."""
+    if isinstance(model, Checkpoint):
+        return model
+    if isinstance(model, str):
+        return open_checkpoint(model)
+    written = [step if isinstance(step, Mapping) else {step: {}} for step in model.get("steps") or ()]
+    steps = [Step(name, options or {}) for step in written for name, options in step.items()]
+    return apply_steps(open_checkpoint(model["source"]), steps)
+
+
+def apply_steps(ckpt: Checkpoint, steps: Iterable[Step]) -> Checkpoint:
+    """Apply operations one after the other; no tensor is read."""
+    for step in steps:
+        parameters = {key.replace("-", "_"): value for key, value in step.parameters.items()}
+        ckpt = find_operation(step.name).function(ckpt, **parameters)
+    return ckpt
+
+
 def find_operation(name: str) -> Spec:
     """Return an operation by its name in recipes.
 
@@ -197,6 +180,18 @@ def find_operation(name: str) -> Spec:
     if known not in OPERATIONS:
         raise UsageError(f"there is no operation {name!r}.{nearest(known, OPERATIONS)}")
     return OPERATIONS[known]
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, Checkpoint):
+        steps = [{step.name: dict(step.parameters)} for step in value.steps]
+        return {"source": value.sources[0].name, "steps": steps} if steps else value.sources[0].name
+    if isinstance(value, dict):
+        return {key: _recorded(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        named = all(isinstance(item, NamedLayer) for item in value)
+        return format_named_layers(value) if named else format_layers(value)
+    return value
 
 
 def _declare(function: Callable[..., Any]) -> Spec:

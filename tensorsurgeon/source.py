@@ -24,6 +24,19 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECEIPT = "tensorsurgeon.json"
 
+
+class Layout(NamedTuple):
+    """What files of a kind of checkpoint are called: its config, its weights, or the index where they are in shards."""
+
+    config: str
+    weights: str
+    shards: str
+
+
+MODEL = Layout(CONFIG, SINGLE, INDEX)
+ADAPTER = Layout("adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.index.json")
+"""A PEFT adapter, which is never cut into shards."""
+
 _OTHER_WEIGHTS = (
     "bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack", "onnx", "onnx_data", "ot", "tflite", "npz", "pdparams",
 )  # fmt: skip
@@ -46,6 +59,7 @@ class Source(NamedTuple):
     directory: Path
     headers: Mapping[str, Header]
     config: Document
+    layout: Layout = MODEL
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of the config and of every header, in hexadecimal."""
@@ -56,7 +70,7 @@ class Source(NamedTuple):
 
     def stamp(self) -> dict[str, tuple[int, int]]:
         """Return size and modification time, in nanoseconds, of each file, which tell whether it was changed."""
-        stats = {file: os.stat(self.directory / file) for file in (*self.headers, CONFIG)}
+        stats = {file: os.stat(self.directory / file) for file in (*self.headers, self.layout.config)}
         return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
 
 
@@ -78,16 +92,21 @@ def read_source(location: str | os.PathLike[str]) -> Contents:
         CheckpointError: for a directory that holds no sound safetensors checkpoint, with all that is wrong.
     """
     name, directory = _locate(location)
-    config = _read_config(directory)
-    shards, listed = _read_index(directory)
+    layout = ADAPTER if _is_adapter(directory) else MODEL
+    config = _read_config(directory, layout.config)
+    shards, listed = _read_index(directory, layout)
     headers, problems = _read_headers(directory, shards)
     tensors, unlisted, conflicts = _collect(directory, headers, listed)
     raise_all(CheckpointError, problems or conflicts)
-    files, left = _side_files(directory, set(headers))
+    files, left = _side_files(directory, {*headers, *layout})
     metadata, clashes = _merge_metadata(headers)
     behind = [f"left behind, as they hold or describe other weights: {', '.join(left)}."] if left else []
-    source = Source(name, directory, headers, config)
+    source = Source(name, directory, headers, config, layout)
     return Contents(source, tensors, files, metadata, (*unlisted, *behind, *clashes))
+
+
+def _is_adapter(directory: Path) -> bool:
+    return not (directory / CONFIG).exists() and (directory / ADAPTER.config).exists()
 
 
 def _locate(location: str | os.PathLike[str]) -> tuple[str, Path]:
@@ -110,7 +129,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
     try:
         needless = ["*.safetensors", "consolidated*", *(f"*.{ending}" for ending in _OTHER_WEIGHTS)]
         snapshot = Path(snapshot_download(repo, revision=revision, ignore_patterns=needless))
-        shards = _read_index(snapshot, fetching=True)[0]
+        shards = _read_index(snapshot, ADAPTER if _is_adapter(snapshot) else MODEL, fetching=True)[0]
         # The snapshot is named after its commit: the shards come from the same one.
         return Path(snapshot_download(repo, revision=snapshot.name, allow_patterns=list(shards)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
@@ -118,22 +137,22 @@ def _fetch(repo: str, revision: str | None) -> Path:
         raise CheckpointError(f"{repo}: not a directory here, and not to be had from the hub: {first}") from None
 
 
-def _read_config(directory: Path) -> Document:
+def _read_config(directory: Path, name: str) -> Document:
     try:
-        return document.parse((directory / CONFIG).read_bytes().decode())
+        return document.parse((directory / name).read_bytes().decode())
     except FileNotFoundError:
-        raise CheckpointError(f"{directory}: there is no {CONFIG}; this is not a checkpoint directory.") from None
+        raise CheckpointError(f"{directory}: there is no {name}; this is not a checkpoint directory.") from None
     except (ValueError, OSError) as problem:
-        raise CheckpointError(f"{directory / CONFIG}: {problem}; it is damaged.") from None
+        raise CheckpointError(f"{directory / name}: {problem}; it is damaged.") from None
 
 
-def _read_index(directory: Path, fetching: bool = False) -> tuple[list[str], Mapping[str, str] | None]:
+def _read_index(directory: Path, layout: Layout, fetching: bool = False) -> tuple[list[str], Mapping[str, str] | None]:
     """Return the shards in order and, where there is an index, the shard that it gives for each tensor."""
-    path = directory / INDEX
+    path = directory / layout.shards
     if not path.exists():
-        if not fetching and not (directory / SINGLE).exists():
+        if not fetching and not (directory / layout.weights).exists():
             raise CheckpointError(_why_no_weights(directory))
-        return [SINGLE], None
+        return [layout.weights], None
     try:
         index = load_json(path.read_bytes().decode())
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -206,7 +225,7 @@ def _collect(
     return tensors, warnings, problems
 
 
-def _side_files(directory: Path, shards: set[str]) -> tuple[dict[str, SideFile], list[str]]:
+def _side_files(directory: Path, own: set[str]) -> tuple[dict[str, SideFile], list[str]]:
     """Return the files that travel along, and the names of those left behind; hidden ones are not looked at."""
     files: dict[str, SideFile] = {}
     left: list[str] = []
@@ -216,7 +235,7 @@ def _side_files(directory: Path, shards: set[str]) -> tuple[dict[str, SideFile],
         for name in sorted(names):
             path = Path(folder, name)
             relative = path.relative_to(directory).as_posix()
-            if relative in shards or relative in (CONFIG, INDEX, RECEIPT) or name.startswith("."):
+            if relative in own or relative == RECEIPT or name.startswith("."):
                 continue
             # A module of its own, such as 2_Dense/model.safetensors, is no other copy of the weights.
             module = folder != str(directory) and name.endswith(".safetensors")

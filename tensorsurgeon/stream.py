@@ -3,6 +3,7 @@
 The bytes go past the page cache, from aligned buffers straight to the disk, where the file system can do that:
 filling the cache with output that nobody reads soon costs several times the processor time of everything else
 here, and pushes out what other programs need.
+What shares its extents with what lies on the disk already is hashed, but not written.
 """
 
 from __future__ import annotations
@@ -13,44 +14,59 @@ import hashlib
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from tensorsurgeon.errors import SurgeonError
-from tensorsurgeon.plan import Piece, Plan, ShardPlan
+from tensorsurgeon.plan import PAGE, Piece, Plan, ShardPlan
 from tensorsurgeon.progress import Advance
+from tensorsurgeon.sharing import Clone, OpenTwin, between, share, shareable
 from tensorsurgeon.tensor import Buffer, read_span
 
 BUFFER = 4 * 2**20
 """Bytes written at once; a multiple of any disk's block."""
 
-ALIGNMENT = 4096
-"""What direct writes must be a multiple of."""
 
-
-def stream_shard(plan: Plan, shard: ShardPlan, file: int, pool: ThreadPoolExecutor, advance: Advance) -> str:
+def stream_shard(
+    plan: Plan,
+    shard: ShardPlan,
+    clones: Sequence[Clone],
+    file: int,
+    pool: ThreadPoolExecutor,
+    advance: Advance,
+    open_twin: OpenTwin,
+) -> str:
     """Write one shard to an open file and return its SHA-256."""
-    os.posix_fallocate(file, 0, shard.size)
+    clones = shareable(clones, file, open_twin)
+    for begin, end in between(clones, shard.size):
+        # Not all of the file: Btrfs keeps an allocated extent for as long as any part of it is in use.
+        os.posix_fallocate(file, begin, end - begin)
     digest = hashlib.sha256()
+    begins = {clone.offset: clone for clone in clones}
+    position = shared = 0
     with ThreadPoolExecutor(1) as writing:
         output = _Output(file, writing)
-        for data in _in_order(plan, shard, pool):
+        for data in _in_order(plan, shard, begins.keys() | {clone.end for clone in clones}, pool):
+            if position in begins and output.share(begins[position], open_twin):
+                shared = begins[position].end
             # Bit by bit, so that the disk writes one buffer while the next is hashed.
             for start in range(0, len(data), BUFFER):
                 part = memoryview(data)[start : start + BUFFER]
                 digest.update(part)
-                output.write(part)
+                if position >= shared:
+                    output.write(part)
                 advance(len(part))
+            position += len(data)
         output.finish(shard.size)
     return digest.hexdigest()
 
 
-def _in_order(plan: Plan, shard: ShardPlan, pool: ThreadPoolExecutor) -> Iterator[Buffer]:
+def _in_order(plan: Plan, shard: ShardPlan, edges: Container[int], pool: ThreadPoolExecutor) -> Iterator[Buffer]:
     """Yield the shard's bytes from the first to the last, with as many pieces in hand as the plan allows."""
     yield shard.header
     in_hand: deque[Future[Buffer]] = deque()
     try:
-        for piece in shard.pieces(plan.block_memory):
+        for piece in shard.pieces(plan.block_memory, edges):
             in_hand.append(pool.submit(_make, piece))
             if len(in_hand) >= plan.window:
                 yield in_hand.popleft().result()
@@ -98,9 +114,19 @@ class _Output:
             if self.filled == BUFFER:
                 self._flush(BUFFER)
 
+    def share(self, clone: Clone, open_twin: OpenTwin) -> bool:
+        """Append what a clone holds without writing it, and tell whether that went."""
+        self._flush(self.filled)
+        # The twin may be what was just written.
+        self._wait()
+        if not share(self.file, clone, open_twin):
+            return False
+        self.offset = clone.end
+        return True
+
     def finish(self, size: int) -> None:
-        """Write what is left, padded to a whole block, and cut the padding off."""
-        self._flush(-(-self.filled // ALIGNMENT) * ALIGNMENT)
+        """Write what is left, padded to a whole page, and cut the padding off."""
+        self._flush(-(-self.filled // PAGE) * PAGE)
         self._wait()
         os.ftruncate(self.file, size)
 

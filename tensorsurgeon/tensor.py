@@ -7,9 +7,10 @@ library computes on them is for the function that computes to choose: this modul
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
+from pathlib import Path
 from typing import NamedTuple
 
 from tensorsurgeon.errors import CheckpointError
@@ -37,9 +38,17 @@ class Input(NamedTuple):
     rows: int = 1
 
 
+class Rows(NamedTuple):
+    """Some rows of a tensor, one part of a stacked one."""
+
+    tensor: LazyTensor
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A description of a tensor: dtype, shape, and either the `span` of a file or a function of `inputs`.
+    """A description of a tensor: dtype, shape, and the `span` of a file, a function of `inputs`, or stacked `parts`.
 
     `grain` is the number of rows that can only be computed together; `history` tells what was done to the
     bytes, with every parameter that changes them, and is empty for a tensor that nobody touched.
@@ -50,6 +59,7 @@ class LazyTensor:
     span: Span | None = None
     function: RowFunction | None = None
     inputs: tuple[Input, ...] = ()
+    parts: tuple[Rows, ...] = ()
     grain: int = 1
     history: str = ""
 
@@ -71,20 +81,26 @@ class LazyTensor:
     @property
     def row_memory(self) -> int:
         """Bytes of memory that computing one row takes: the row itself and, at every step, its inputs."""
-        return self.row_bytes + sum(-(-other.tensor.row_memory // other.rows) for other in self.inputs)
+        parts = max((part.tensor.row_memory for part in self.parts), default=0)
+        return self.row_bytes + parts + sum(-(-other.tensor.row_memory // other.rows) for other in self.inputs)
 
     def spans(self) -> Iterator[Span]:
         """Yield every span that has to be read to know this tensor."""
         if self.span:
             yield self.span
-        for other in self.inputs:
-            yield from other.tensor.spans()
+        for tensor in dict.fromkeys([it.tensor for it in self.inputs] + [it.tensor for it in self.parts]):
+            yield from tensor.spans()
 
-    def describe(self) -> str:
-        """Return a text that is the same for two tensors just where their bytes are computed alike."""
+    def describe(self, places: Mapping[Path, str] | None = None) -> str:
+        """Return a text that is the same for two tensors just where their bytes are computed alike.
+
+        `places` gives directories names that do not depend on where they lie.
+        """
         if self.span:
-            return f"{self.span.path.name}@{self.span.offset}+{self.span.nbytes}"
-        inputs = ", ".join(f"{other.tensor.describe()}/{other.rows}" for other in self.inputs)
+            place = (places or {}).get(self.span.path.parent, "")
+            return f"{place}/{self.span.path.name}@{self.span.offset}+{self.span.nbytes}"
+        inputs = ", ".join(f"{other.tensor.describe(places)}/{other.rows}" for other in self.inputs)
+        inputs += ", ".join(f"{part.tensor.describe(places)}[{part.start}:{part.stop}]" for part in self.parts)
         return f"{self.history}: {self.dtype}({inputs})"
 
     def rowwise(
@@ -94,11 +110,13 @@ class LazyTensor:
         dtype: str,
         history: str,
         grain: int = 1,
+        row_shape: tuple[int, ...] | None = None,
     ) -> LazyTensor:
-        """Return a tensor of the same shape whose rows depend on the same rows of this one and of `others`.
+        """Return a tensor of as many rows whose rows depend on the same rows of this one and of `others`.
 
         An other with as many rows as this is read row for row; any other has one row for each `grain` rows of
         this, as the scales of a block format have. Blocks given to `function` begin at a multiple of `grain`.
+        Rows keep their shape unless `row_shape` gives another.
 
         Raises:
             ValueError: for an other whose rows fit neither way.
@@ -108,9 +126,8 @@ class LazyTensor:
                 raise ValueError(f"{other.rows} rows do not go with {self.rows} rows in grains of {grain}.")
         inputs = tuple(Input(other, 1 if other.rows == self.rows else grain) for other in (self, *others))
         grains = (other.tensor.grain * other.rows for other in inputs)
-        return LazyTensor(
-            dtype, self.shape, function=function, inputs=inputs, grain=lcm(grain, *grains), history=history
-        )
+        shape = self.shape if row_shape is None else (self.rows, *row_shape)
+        return LazyTensor(dtype, shape, function=function, inputs=inputs, grain=lcm(grain, *grains), history=history)
 
     def read(self, start: int = 0, stop: int | None = None) -> Block:
         """Read or compute the rows from `start` up to but not including `stop`.
@@ -126,12 +143,22 @@ class LazyTensor:
             skipped = self._bytes_of(start)
             data: Buffer = read_span(Span(self.span.path, self.span.offset + skipped, self._bytes_of(stop) - skipped))
             return Block(self.dtype, self._shape_of(stop - start), data)
+        if self.parts:
+            return Block(self.dtype, self._shape_of(stop - start), b"".join(self._stacked(start, stop)))
         assert self.function
         first = start // self.grain * self.grain
         last = min(-(-stop // self.grain) * self.grain, self.rows)
         block = self.function(*(other.read(first // rows, -(-last // rows)) for other, rows in self.inputs))
         data = memoryview(block.data)[self._bytes_of(start - first) : self._bytes_of(stop - first)]
         return Block(self.dtype, self._shape_of(stop - start), data)
+
+    def _stacked(self, start: int, stop: int) -> Iterator[Buffer]:
+        begin = 0
+        for tensor, first, last in self.parts:
+            size = last - first
+            if begin < stop and start < begin + size:
+                yield tensor.read(first + max(start - begin, 0), first + min(stop - begin, size)).data
+            begin += size
 
     def blocks(self, memory: int) -> Iterator[tuple[int, int]]:
         """Yield row ranges that cover the tensor, each as many whole grains as fit `memory` bytes, at least one."""
@@ -144,6 +171,20 @@ class LazyTensor:
 
     def _shape_of(self, rows: int) -> tuple[int, ...]:
         return (rows, *self.shape[1:]) if self.shape else ()
+
+
+def stacked(parts: Sequence[Rows]) -> LazyTensor:
+    """Return the tensor whose rows are those of the parts, one after the other.
+
+    Raises:
+        ValueError: for parts whose dtypes or rows differ.
+    """
+    kinds = {(part.tensor.dtype, part.tensor.shape[1:]) for part in parts}
+    if len(kinds) != 1:
+        raise ValueError(f"rows of {len(kinds)} kinds cannot be stacked: {sorted(kinds)}.")
+    ((dtype, row_shape),) = kinds
+    rows = sum(part.stop - part.start for part in parts)
+    return LazyTensor(dtype, (rows, *row_shape), parts=tuple(parts), history="stack rows")
 
 
 def read_span(span: Span) -> bytearray:

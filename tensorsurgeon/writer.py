@@ -15,18 +15,24 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial as bind
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.document import render
 from tensorsurgeon.durable import explaining, fsync_directory, write_small
+from tensorsurgeon.engines import Engine
 from tensorsurgeon.errors import CheckpointError, DestinationError
 from tensorsurgeon.plan import MEMORY, Plan, ShardPlan, file_size, make_plan
 from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.receipt import make_receipt
+from tensorsurgeon.sharing import find_clones, shareable
 from tensorsurgeon.sizes import format_size, parse_size
 from tensorsurgeon.source import RECEIPT
 from tensorsurgeon.stream import stream_shard
@@ -39,6 +45,7 @@ def write(
     max_shard_size: str | int | None = None,
     memory: str | int = MEMORY,
     threads: int | None = None,
+    target: Engine | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -46,8 +53,10 @@ def write(
 
     Raises:
         DestinationError: where `dest` exists, overlaps a source, or cannot be written.
+        RefusedError: for what the engine that is the `target` would read otherwise than it is meant.
     """
-    plan = make_plan(ckpt, parse_size(max_shard_size) if max_shard_size else None, parse_size(memory), threads)
+    size = parse_size(max_shard_size) if max_shard_size else None
+    plan = make_plan(ckpt, size, parse_size(memory), threads, target)
     receipt = write_plan(plan, Path(dest), overwrite=overwrite, quiet=quiet)
     assert receipt
     return receipt
@@ -119,11 +128,23 @@ def _require_space(plan: Plan, partial: Path) -> None:
     written = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
     place = next(parent for parent in partial.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(place).free + written
-    if plan.size > free:
+    # Asked only where it matters: to learn what can be shared takes a file.
+    if plan.size > free and (needed := plan.size - _shared(plan, place)) > free:
         raise DestinationError(
-            f"{partial.parent}: {format_size(plan.size)} are to be written, but {format_size(free)} are free; "
+            f"{partial.parent}: {format_size(needed)} are to be written, but {format_size(free)} are free; "
             "make room, or choose another disk."
         )
+
+
+def _shared(plan: Plan, place: Path) -> int:
+    """Return how many bytes of a plan take no room of their own at `place`."""
+    with explaining(place), TemporaryFile(dir=place) as file:
+
+        def open_twin(path: Path) -> int:
+            return os.open(path, os.O_RDONLY) if path.is_absolute() else os.dup(file.fileno())
+
+        clones = [clone for found in find_clones(plan).values() for clone in found]
+        return sum(clone.twin.nbytes for clone in shareable(clones, file.fileno(), open_twin))
 
 
 def _write_shards(plan: Plan, shards: tuple[ShardPlan, ...], partial: Path, advance: Advance) -> dict[str, str]:
@@ -132,6 +153,9 @@ def _write_shards(plan: Plan, shards: tuple[ShardPlan, ...], partial: Path, adva
     While one shard is flushed to the disk, the next is already written.
     """
     digests = {shard.file: _digest_of(partial, shard) for shard in shards}
+    clones = find_clones(plan)
+    begun: set[Path] = set()
+    open_twin = bind(_open_twin, partial / "checkpoint", begun)
     with ThreadPoolExecutor(plan.threads) as pool, ThreadPoolExecutor(1) as finisher:
         finishing: Future[None] | None = None
         for shard in shards:
@@ -141,8 +165,11 @@ def _write_shards(plan: Plan, shards: tuple[ShardPlan, ...], partial: Path, adva
             temporary = partial / "checkpoint" / f".{shard.file}"
             with explaining(temporary):
                 file = _open_exclusively(temporary)
+                begun.add(Path(shard.file))
                 try:
-                    digest = digests[shard.file] = stream_shard(plan, shard, file, pool, advance)
+                    digest = digests[shard.file] = stream_shard(
+                        plan, shard, clones[shard.file], file, pool, advance, open_twin
+                    )
                     if finishing:
                         finishing.result()
                 except BaseException:
@@ -152,6 +179,14 @@ def _write_shards(plan: Plan, shards: tuple[ShardPlan, ...], partial: Path, adva
         if finishing:
             finishing.result()
     return {file: digest for file, digest in digests.items() if digest}
+
+
+def _open_twin(tree: Path, begun: Container[Path], path: Path) -> int:
+    """Open a source, or a shard that this process has `begun` or that is finished: another's is not to be read yet."""
+    if path in begun:
+        with suppress(FileNotFoundError):
+            return os.open(tree / f".{path}", os.O_RDONLY)
+    return os.open(tree / path, os.O_RDONLY)
 
 
 def _open_exclusively(path: Path) -> int:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import make
 import tensorsurgeon as ts
 from tensorsurgeon.errors import RefusedError, UsageError
-from tensorsurgeon.names import parse_layers
+from tensorsurgeon.notation import parse_layers
 
 SEQUENCES: dict[str, tuple[Callable[[ts.Checkpoint], ts.Checkpoint], list[int]]] = {
     "identity": (lambda ckpt: ts.ops.select_layers(ckpt, "0-5"), [0, 1, 2, 3, 4, 5]),
@@ -182,19 +182,44 @@ def test_architectures_that_the_config_can_follow_load_and_compute(
     assert (logits - before).abs().max() > 0.01
 
 
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "gemma2"}, {"layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL]}),
+        ({"model_type": "qwen3_next"}, {"layer_types": [LINEAR, LINEAR, FULL, LINEAR, LINEAR]}),
+        ({"model_type": "modernbert"}, {"layer_types": [FULL, SLIDING, FULL, SLIDING, SLIDING]}),
+        ({"mlp_only_layers": [1]}, {"mlp_only_layers": []}),
+        ({"mlp_only_layers": [1, 4]}, {"mlp_only_layers": [3]}),
+        ({"first_k_dense_replace": 2}, {"first_k_dense_replace": 1}),
+        ({"max_window_layers": 2, "use_sliding_window": True, "sliding_window": 8}, {"max_window_layers": 1}),
+        ({"no_rope_layers": [1, 1, 1, 0, 1, 1]}, {"no_rope_layers": [1, 1, 0, 1, 1]}),
+        (
+            {"per_layer_config": {"00": {}, "03": {"skip": True}}},
+            {"per_layer_config": {"00": {}, "02": {"skip": True}}},
+        ),
+    ],
+)
+def test_a_per_layer_field_follows_into_the_file(
+    changes: dict[str, Any], expected: dict[str, Any], six: Path, tmp_path: Path
+) -> None:
+    source = make.save(tmp_path / "source", make.tensors(6), make.config(6, **changes))
+    ts.write(ts.ops.drop_layers(ts.open(source), "1"), tmp_path / "dest")
+    written = json.loads((tmp_path / "dest" / "config.json").read_text())
+    assert written == make.config(6, **changes) | expected | {"num_hidden_layers": 5}
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"model_type": "gemma2"}, "layer_types"),
-        ({"model_type": "qwen3_next"}, "layer_types"),
-        ({"model_type": "modernbert"}, "model_type"),
         ({"sliding_window_pattern": 3}, "sliding_window_pattern"),
-        ({"mlp_only_layers": [1]}, "mlp_only_layers"),
-        ({"first_k_dense_replace": 2}, "first_k_dense_replace"),
-        ({"max_window_layers": 2, "use_sliding_window": True}, "max_window_layers"),
-        ({"no_rope_layers": [1, 1, 1, 0, 1, 1]}, "no_rope_layers"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"model_type": "diffllama"}, "model_type"),
+        ({"no_rope_layers": [1, 1, 1]}, "no_rope_layers"),
         ({"something_per_layer": [1, 2, 3, 4, 5, 6]}, "something_per_layer"),
-        ({"per_layer_config": {"00": {}}}, "per_layer_config"),
         ({"auto_map": {}, "attention_every": 3}, "attention_every"),
     ],
 )

@@ -10,41 +10,60 @@ import pytest
 import make
 from tensorsurgeon.cli import main
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 SIZES = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
 MLP = {"gate_proj": (12288, 4096), "up_proj": (12288, 4096), "down_proj": (4096, 12288)}
 
 
-@pytest.fixture(scope="module")
-def qwen3_8b_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen3-8B-FP8 by names and shapes: 36 layers of zeros that take no disk."""
-    described: dict[str, tuple[str, list[int]]] = {"model.embed_tokens.weight": ("BF16", [151936, 4096])}
+def described(quantized: bool) -> dict[str, tuple[str, list[int]]]:
+    """Return Qwen3-8B by names and shapes."""
+    tensors: dict[str, tuple[str, list[int]]] = {"model.embed_tokens.weight": ("BF16", [151936, 4096])}
     for layer in range(36):
         prefix = f"model.layers.{layer}."
         linear = {f"self_attn.{name}": size for name, size in SIZES.items()}
         linear |= {f"mlp.{name}": size for name, size in MLP.items()}
         for name, (rows, columns) in linear.items():
-            described[f"{prefix}{name}.weight"] = ("F8_E4M3", [rows, columns])
-            described[f"{prefix}{name}.weight_scale_inv"] = ("BF16", [rows // 128, columns // 128])
+            tensors[f"{prefix}{name}.weight"] = ("F8_E4M3" if quantized else "BF16", [rows, columns])
+            if quantized:
+                tensors[f"{prefix}{name}.weight_scale_inv"] = ("BF16", [rows // 128, columns // 128])
         for name, size in [("input_layernorm", 4096), ("post_attention_layernorm", 4096)]:
-            described[f"{prefix}{name}.weight"] = ("BF16", [size])
+            tensors[f"{prefix}{name}.weight"] = ("BF16", [size])
         for name in ("q_norm", "k_norm"):
-            described[f"{prefix}self_attn.{name}.weight"] = ("BF16", [128])
-    described |= {"model.norm.weight": ("BF16", [4096]), "lm_head.weight": ("BF16", [151936, 4096])}
+            tensors[f"{prefix}self_attn.{name}.weight"] = ("BF16", [128])
+    return tensors | {"model.norm.weight": ("BF16", [4096]), "lm_head.weight": ("BF16", [151936, 4096])}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models that recipes name: 36 layers of zeros that take no disk."""
+    hub = tmp_path_factory.mktemp("hub")
     settings = make.config(36, hidden_size=4096, quantization_config=make.fp8_settings())
-    return make.sparse(tmp_path_factory.mktemp("hub") / "Qwen3-8B-FP8", described, settings)
+    make.sparse(hub / "Qwen/Qwen3-8B-FP8", described(quantized=True), settings)
+    for name in ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B-Base"):
+        make.sparse(hub / name, described(quantized=False), make.config(36, hidden_size=4096))
+    return hub
 
 
-def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 7
+def test_every_experiment_has_a_recipe() -> None:
+    """One for each of deletion, skipping, doubling, reversal, repetition, subset and stitching."""
+    names = {path.stem for path in RECIPES}
+    assert names >= {
+        "delete-first-8", "delete-last-8", "delete-middle-8", "delete-a-window", "delete-one",
+        "keep-every-second", "keep-every-third", "keep-every-fourth", "keep-even", "keep-odd",
+        "keep-first-half", "keep-second-half", "double-one", "double-a-block", "double-all",
+        "reverse-a-block", "reverse-first-half", "reverse-second-half", "reverse-all",
+        "repeat-one-3", "repeat-one-5", "repeat-one-10", "keep-a-subset",
+        "stitch-base-and-instruct", "mergekit-self-stack",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_planned(
-    recipe: Path, qwen3_8b_fp8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["--set", f"source={qwen3_8b_fp8}", "--set", f"dest={tmp_path / 'dest'}"]
-    assert main(["run", str(recipe), *settings, "--dry-run", "--json"]) == 0
+    # A folder of the name of a hub id is a directory like any other.
+    monkeypatch.chdir(hub)
+    assert main(["run", str(recipe), str(tmp_path / "dest"), "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["bytes_to_write"] > 10**9
     assert plan["steps"]

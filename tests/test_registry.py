@@ -14,7 +14,8 @@ import tensorsurgeon as ts
 from tensorsurgeon import registry
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import UsageError
-from tensorsurgeon.registry import Count, Findings, Glob, Layers, Location, Size, exam, find_operation, operation
+from tensorsurgeon.parameters import Count, Glob, Layers, Location, Size
+from tensorsurgeon.registry import Findings, exam, find_operation, operation
 
 
 @pytest.fixture
@@ -232,11 +233,11 @@ def test_layers_are_recorded_in_their_notation(ckpt: Checkpoint, layers: Any, sp
     assert ts.ops.select_layers(ckpt, layers).steps[-1].parameters == {"layers": spelling}
 
 
-def test_defaults_are_recorded_and_what_is_not_given_is_left_out(ckpt: Checkpoint) -> None:
+def test_defaults_are_recorded_and_what_is_unset_is_left_out(ckpt: Checkpoint) -> None:
     changed = ts.ops.repeat_layers(ts.ops.reverse_layers(ckpt), layers=1, times="3")
     assert changed.steps == (
         ("reverse-layers", {}),
-        ("repeat-layers", {"layers": "1", "times": 3, "each": False}),
+        ("repeat-layers", {"layers": "1", "times": 3}),
     )
     assert ts.ops.reshard(ckpt, "2MB").steps == (("reshard", {"max_shard_size": 2_000_000}),)
     assert ckpt.steps == ()
@@ -259,7 +260,7 @@ def test_what_is_recorded_is_checked_to_the_same_again(ckpt: Checkpoint) -> None
     [
         (lambda it: ts.ops.drop_layers(), "drop-layers: give the checkpoint first."),
         (lambda it: ts.ops.drop_layers(ckpt=it, layers=1), "drop-layers: give the checkpoint first."),
-        (lambda it: ts.ops.drop_layers(it, 1, 2), "drop-layers: takes 1 parameters: layers."),
+        (lambda it: ts.ops.drop_layers(it, 1, 2, 3), "drop-layers: takes 2 parameters: layers, assume_uniform."),
         (lambda it: ts.ops.drop_layers(it, 1, layers=2), "drop-layers: layers is given twice."),
         (lambda it: ts.ops.drop_layers(it), "drop-layers: layers is missing."),
         (lambda it: ts.ops.drop_layers(it, layres=1), "Did you mean 'layers'?"),

@@ -25,17 +25,26 @@ ORDER = (
     ("_version", "errors"),
     ("sizes", "progress"),
     ("format",),
-    ("document", "tensor", "names"),
+    ("document", "tensor", "notation", "nearest"),
+    ("names",),
     ("config",),
     ("fields",),
+    ("rules",),
+    ("families", "known_fields"),
     ("kernels",),
-    ("source",),
+    ("source", "roles"),
     ("checkpoint",),
+    ("quantized",),
+    ("module_lists",),
+    ("arrangement", "engines"),
     ("sequence",),
-    ("plan", "registry"),
-    ("receipt", "stream", "durable", "quantized"),
+    ("plan", "parameters"),
+    ("registry",),
+    ("receipt", "sharing", "durable"),
+    ("stream",),
     ("writer",),
     ("ops",),
+    ("mergekit",),
     ("exams", "recipe"),
     ("report",),
     ("cli",),
@@ -46,16 +55,20 @@ ORDER = (
 LEAVES = {"_version": set(), "errors": set(), "progress": set(), "sizes": {"errors"}}
 
 LIGHT = (
-    "_version", "errors", "sizes", "progress", "format", "document", "tensor", "names", "config", "fields", "source",
-    "checkpoint", "sequence", "plan", "registry", "receipt", "stream", "durable", "writer", "quantized", "ops",
-    "recipe", "cli", "report", "__init__", "__main__", "exams/__init__", "exams/overview", "exams/integrity",
+    "_version", "errors", "sizes", "progress", "format", "document", "tensor", "notation", "nearest", "names",
+    "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "module_lists",
+    "arrangement", "sequence", "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
+    "durable", "writer", "quantized", "ops", "mergekit", "recipe", "cli", "report", "__init__", "__main__",
+    "exams/__init__", "exams/overview", "exams/integrity",
 )  # fmt: skip
 """Modules that start at once: none of them imports a library of numbers, not even later for its own use."""
 
 HEAVY = ("torch", "numpy", "numba", "transformers", "safetensors", "huggingface_hub", "tqdm", "accelerate")
 NUMERIC = ("torch", "numpy", "numba", "transformers")
 
-LONG: dict[str, str] = {}
+LONG: dict[str, str] = {
+    "roles": "a table with a rule for each name of a module",
+}
 """Modules of more than 260 lines, with the reason."""
 
 
@@ -145,7 +158,7 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
         if unit(module) != "kernels"
     }
     assert {module for module, used in users.items() if used} == {
-        "ops/dtypes", "quantized/fp8_block", "exams/integrity",
+        "ops/arranging", "ops/dtypes", "quantized/fp8_block", "exams/integrity",
     }  # fmt: skip
 
 
@@ -187,7 +200,7 @@ def test_the_exported_names() -> None:
     ]  # fmt: skip
     assert ts.ops.__all__ == [
         "cast", "dequantize", "drop_layers", "keep_layers", "repeat_layers", "reshard", "reverse_layers",
-        "select_layers",
+        "select_layers", "stitch",
     ]  # fmt: skip
     assert ts.exams.__all__ == ["inspect", "verify"]
     for module in (ts, ts.ops, ts.exams):

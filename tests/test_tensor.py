@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tensorsurgeon.errors import CheckpointError, FormatError
 from tensorsurgeon.format import Span, read_header
-from tensorsurgeon.tensor import Block, LazyTensor, RowFunction, read_span
+from tensorsurgeon.tensor import Block, LazyTensor, RowFunction, Rows, read_span, stacked
 
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -291,3 +291,23 @@ def test_a_tensor_nobody_touched_keeps_its_span_and_has_no_history(store: Store)
     assert tensor.span
     assert tensor.history == ""
     assert tensor.rowwise(recording(torch.neg, []), dtype="F32", history="negate").span is None
+
+
+def test_stacked_rows_are_those_of_the_parts_in_order(tmp_path: Path) -> None:
+    made = torch.arange(24, dtype=torch.float32).reshape(6, 4)
+    save_file({"w": made}, tmp_path / "t.safetensors")
+    header = read_header(tmp_path / "t.safetensors")
+    entry = header.entries["w"]
+    whole = LazyTensor("F32", (6, 4), Span(tmp_path / "t.safetensors", header.data_offset + entry.begin, 96))
+    picks = [(4, 6), (0, 1), (4, 6), (2, 3)]
+    tensor = stacked([Rows(whole, *pick) for pick in picks])
+    wanted = torch.cat([made[begin:end] for begin, end in picks])
+    assert tensor.shape == (6, 4)
+    for start in range(7):
+        for stop in range(start, 7):
+            block = tensor.read(start, stop)
+            assert bytes(block.data) == wanted[start:stop].numpy().tobytes()
+            assert block.shape == (stop - start, 4)
+    assert list(tensor.spans()) == [whole.span]
+    with pytest.raises(ValueError, match="cannot be stacked"):
+        stacked([Rows(whole, 0, 1), Rows(LazyTensor("F32", (6, 3)), 0, 1)])

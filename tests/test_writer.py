@@ -21,6 +21,7 @@ import make
 import tensorsurgeon as ts
 from tensorsurgeon.cli import main
 from tensorsurgeon.errors import CheckpointError, DestinationError
+from tensorsurgeon.format import BITS, read_header
 from tensorsurgeon.plan import make_plan
 from tensorsurgeon.writer import write_plan
 
@@ -222,6 +223,24 @@ def test_every_tensor_is_aligned_to_its_own_width(tmp_path: Path) -> None:
         span = ckpt[name].span
         assert span
         assert span.offset % tensor.element_size() == 0
+
+
+def test_tensors_of_whole_pages_come_first_in_order_and_begin_pages(tmp_path: Path) -> None:
+    odd = {"odd.bool": torch.ones(5, dtype=torch.bool), "odd.page": torch.ones(4096, dtype=torch.bool)}
+    odd |= {"odd.empty": torch.ones(0, 3), "odd.double": torch.ones(3, dtype=torch.float64)}
+    source = make.save(tmp_path / "source", {**odd, **make.tensors()}, make.config())
+    for size in ("5GB", "600kB"):
+        ts.write(ts.open(source), tmp_path / size, max_shard_size=size)
+        assert make.same(make.read(tmp_path / size), make.read(source))
+        for shard in (tmp_path / size).glob("*.safetensors"):
+            header = read_header(shard)
+            assert header.data_offset % 4096 == 0
+            names = list(header.entries)
+            pages = [name for name, entry in header.entries.items() if (entry.end - entry.begin) % 4096 == 0]
+            assert pages == [name for name in ts.open(source).tensors if name in pages]
+            assert pages == names[: len(pages)]
+            widths = [BITS[header.entries[name].dtype] for name in names[len(pages) :]]
+            assert widths == sorted(widths, reverse=True)
 
 
 def test_a_source_that_changes_while_it_is_read_is_noticed(fp8: Path, tmp_path: Path) -> None:

@@ -12,16 +12,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from tensorsurgeon.arrangement import layer_shapes
 from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
 from tensorsurgeon.config import COUNT_KEYS, quantization_config
 from tensorsurgeon.document import render
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import load_json
+from tensorsurgeon.parameters import Location
 from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.quantized import PACKED, companions, fp8_block, quantized_tensors
 from tensorsurgeon.receipt import seal
-from tensorsurgeon.registry import Findings, Location, exam
-from tensorsurgeon.sequence import layer_shapes
+from tensorsurgeon.registry import Findings, exam
 from tensorsurgeon.source import INDEX, RECEIPT, SINGLE
 
 CHUNK = 4 * 2**20

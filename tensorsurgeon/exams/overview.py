@@ -9,14 +9,15 @@ from typing import Any
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.parameters import Glob
 from tensorsurgeon.quantized import PACKED, companions, format_name, quantized_tensors
-from tensorsurgeon.registry import Findings, Glob, exam
+from tensorsurgeon.registry import Findings, exam
 from tensorsurgeon.sizes import format_size
 
 
 @exam
 def inspect(ckpt: Checkpoint, tensors: Glob | None = None) -> Findings:
-    """Tell what a checkpoint is: architecture, parameters, dtypes, quantisation, layers, shards, bytes.
+    """Tell what a checkpoint is: architecture, parameters, dtypes, quantisation, layers, roles, shards, bytes.
 
     Only headers and JSON are read.
 
@@ -42,7 +43,22 @@ def inspect(ckpt: Checkpoint, tensors: Glob | None = None) -> Findings:
         for total in [sum(totals[2] for totals in by_dtype.values()) or 1]
         for dtype, (count, elements, size) in sorted(by_dtype.items(), key=lambda item: -item[1][2])
     ]
-    return Findings({"model": [_model_row(ckpt)], "dtypes": dtypes, "shards": _shard_rows(ckpt)})
+    tables = {"model": [_model_row(ckpt)], "dtypes": dtypes, "roles": _role_rows(ckpt), "shards": _shard_rows(ckpt)}
+    return Findings(tables)
+
+
+def _role_rows(ckpt: Checkpoint) -> list[dict[str, Any]]:
+    """Return what the matrices do, how they lie, and how many there are; vectors and scales are left out."""
+    found: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
+    for name, role in ckpt.roles.items():
+        if role.kind == "weight" and len(ckpt[name].shape) > 1:
+            key = (role.group, " ".join(filter(None, (role.mark, role.part))), role.layout or "-", role.fused or "-")
+            found[key][0] += 1
+            found[key][1] += prod(ckpt[name].shape)
+    return [
+        {"role": group, "part": part or "-", "layout": layout, "fused": fused, "tensors": count, "elements": elements}
+        for (group, part, layout, fused), (count, elements) in found.items()
+    ]
 
 
 def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
@@ -104,5 +120,7 @@ def _tensor_row(ckpt: Checkpoint, name: str) -> dict[str, Any]:
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
         "bytes": tensor.nbytes,
+        "role": " ".join(filter(None, ckpt.roles[name][:2])),
+        "layout": ckpt.roles[name].layout or "-",
         "shard": shard,
     }

@@ -4,8 +4,9 @@ from tensorsurgeon.ops.dequantization import dequantize
 from tensorsurgeon.ops.dtypes import cast
 from tensorsurgeon.ops.layers import drop_layers, keep_layers, repeat_layers, reverse_layers, select_layers
 from tensorsurgeon.ops.sharding import reshard
+from tensorsurgeon.ops.stitching import stitch
 
 __all__ = [
     "cast", "dequantize", "drop_layers", "keep_layers", "repeat_layers", "reshard", "reverse_layers",
-    "select_layers",
+    "select_layers", "stitch",
 ]  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.config import with_dtype
 from tensorsurgeon.ops.dequantization import DTYPES, FloatName
+from tensorsurgeon.parameters import Glob
 from tensorsurgeon.quantized import PLAIN, require_plain
-from tensorsurgeon.registry import Glob, operation
+from tensorsurgeon.registry import operation
 from tensorsurgeon.tensor import Block, LazyTensor
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.registry import Size, operation
+from tensorsurgeon.parameters import Size
+from tensorsurgeon.registry import operation
 
 
 @operation

@@ -1,0 +1,66 @@
+"""The types of parameters: what may be given for each, in Python, in a recipe and on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.errors import UsageError
+from tensorsurgeon.notation import LayerSequence, NamedLayer, parse_layers, parse_named_layers
+from tensorsurgeon.sizes import parse_size
+
+
+def _checked_by(parse: Callable[[Any], Any], schema: dict[str, Any]) -> tuple[BeforeValidator, WithJsonSchema]:
+    def check(value: Any) -> Any:
+        try:
+            return parse(value)
+        except UsageError as problem:
+            raise ValueError(str(problem)) from None
+        except TypeError:
+            raise ValueError(f"{value!r} is of no type that it may have") from None
+
+    return BeforeValidator(check), WithJsonSchema(schema)
+
+
+_layers = _checked_by(
+    parse_layers,
+    {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]},
+)
+_named_layers = _checked_by(parse_named_layers, {"anyOf": [{"type": "string"}, {"type": "integer"}]})
+
+
+def _parse_models(value: Any) -> dict[str, Any]:
+    """Return models by name, given as a mapping or as texts such as `instruct=DIR`."""
+    if not isinstance(value, Mapping):
+        pairs = [value] if isinstance(value, str) else list(value)
+        split = [str(pair).partition("=")[::2] for pair in pairs]
+        value = dict(split)
+        if len(value) < len(pairs) or not all(value.values()):
+            raise UsageError(f"{', '.join(map(str, pairs))!r} is not NAME=MODEL, each name once")
+    for name, model in value.items():
+        is_recipe = isinstance(model, Mapping) and set(model) <= {"source", "steps"} and model.get("source")
+        if not (name and isinstance(name, str) and model and (is_recipe or isinstance(model, str | Checkpoint))):
+            raise UsageError(f"{name!r} is neither a directory or hub id, nor {{source: …, steps: […]}}")
+    return dict(value)
+
+
+_models = _checked_by(_parse_models, {"type": "object", "additionalProperties": {"type": ["string", "object"]}})
+_size = _checked_by(parse_size, {"anyOf": [{"type": "string"}, {"type": "integer"}]})
+
+Layers = Annotated[LayerSequence, *_layers]
+"""A layer sequence, in its notation or as numbers."""
+NamedLayers = Annotated[tuple[NamedLayer, ...], *_named_layers]
+"""A layer sequence in which models may be named."""
+Models = Annotated[dict[str, Any], *_models]
+"""Further models by name: a directory or hub id, or `{source: …, steps: […]}`; in Python also a Checkpoint."""
+Size = Annotated[int, *_size]
+"""A size in bytes, as a number or as text such as 5GB."""
+Count = Annotated[int, Field(ge=1)]
+"""A whole number from 1."""
+Glob = Annotated[str, Field(min_length=1)]
+"""A pattern for tensor names; commas separate alternatives."""
+Location = Annotated[str, Field(min_length=1)]
+"""Where a checkpoint lies, given to an exam that must see it even where it cannot be opened."""
