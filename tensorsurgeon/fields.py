@@ -84,6 +84,19 @@ def with_edits(config: Config, edits: Config) -> Config:
     return edited
 
 
+def entries(value: Any, config: Config, count: int) -> list[Any]:
+    """Return the entries for the layers of the stack: a list or a text has one for each, and for an MTP tail or not.
+
+    Raises:
+        InexpressibleError: for another length.
+    """
+    if not isinstance(value, list | tuple | str):
+        raise InexpressibleError("it is not a list with an entry for each layer")
+    if len(value) not in (count, count + extra_layers(config)):
+        raise InexpressibleError(f"it has {len(value)} entries, not one for each of {count} layers")
+    return list(value[:count])
+
+
 def listed(key: str, always: bool = True) -> Field:
     """Return the field of a list, or a text, with one entry for each layer; entries of an MTP tail stay behind.
 
@@ -94,19 +107,14 @@ def listed(key: str, always: bool = True) -> Field:
         value = lookup(config, key)
         if not value or not (always or isinstance(value, list)):
             return None
-        if not isinstance(value, list | tuple | str):
-            raise InexpressibleError("it is not a list with an entry for each layer")
-        if len(value) not in (count, count + extra_layers(config)):
-            if not always:
-                return None
-            raise InexpressibleError(f"it has {len(value)} entries, not one for each of {count} layers")
-        return list(value[:count])
+        if not always and len(value) not in (count, count + extra_layers(config)):
+            return None
+        return entries(value, config, count)
 
     def write(meaning: Meaning, config: Config, count: int) -> Config:
         value = lookup(config, key)
         tail = list(value[count:]) if isinstance(value, list | tuple | str) else []
-        entries = meaning + tail
-        return {key: "".join(entries) if isinstance(value, str) else entries}
+        return {key: "".join(meaning + tail) if isinstance(value, str) else meaning + tail}
 
     return Field((key,), read, write)
 
@@ -126,10 +134,10 @@ def indices(key: str, base: int = 0) -> Field:
 
     def numbers(config: Config) -> list[int] | None:
         value = lookup(config, key)
-        if not value:
+        if value is None or isinstance(value, bool):
             return None
         if isinstance(value, str):
-            value = [int(part) if part.strip().isdecimal() else None for part in value.split(",")]
+            value = [int(part) if part.strip().isdecimal() else None for part in value.split(",") if value]
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise InexpressibleError("it is not a list of layers")
         return value
@@ -151,17 +159,17 @@ def numbered(key: str) -> Field:
 
     def read(config: Config, count: int) -> Meaning | None:
         value = lookup(config, key)
-        if not value:
+        if value is None:
             return None
         if not isinstance(value, Mapping):
             raise InexpressibleError("it has no keys that are the numbers of layers")
         by_layer = {int(number): settings for number, settings in value.items() if str(number).isdecimal()}
-        if len(by_layer) < len(value) or max(by_layer) >= count:
+        if len(by_layer) < len(value) or max(by_layer, default=0) >= count:
             raise InexpressibleError(f"it has keys that are not the numbers of {count} layers")
         return [by_layer.get(layer) for layer in range(count)]
 
     def write(meaning: Meaning, config: Config, count: int) -> Config:
-        width = max(map(len, lookup(config, key)))
+        width = max(map(len, lookup(config, key)), default=1)
         return {key: {f"{place:0{width}}": it for place, it in enumerate(meaning) if it is not None}}
 
     return Field((key,), read, write)
@@ -174,7 +182,10 @@ def runs(key: str, default: Any = None) -> Field:
         value = lookup(config, key) or default
         if not value:
             return None
-        types = [kind for kinds, times in value for _ in range(times) for kind in kinds]
+        try:
+            types = [kind for kinds, times in value for _ in range(times) for kind in kinds]
+        except (TypeError, ValueError):
+            raise InexpressibleError("it is not a list of types and how often they occur") from None
         if len(types) != count:
             raise InexpressibleError(f"it describes {len(types)} layers, not {count}")
         return types
@@ -184,7 +195,7 @@ def runs(key: str, default: Any = None) -> Field:
 
 def pointers(key: str) -> Field:
     """Return the field of a list that names, for each layer, the one whose state it uses: itself or an earlier one."""
-    entries = listed(key)
+    written = listed(key)
 
     def write(meaning: Meaning, config: Config, count: int) -> Config:
         found = []
@@ -193,6 +204,6 @@ def pointers(key: str) -> Field:
             if not earlier:
                 raise InexpressibleError("it names a layer that would no longer stand before the one that uses it")
             found.append(max(earlier))
-        return entries.write(found, config, count)
+        return written.write(found, config, count)
 
-    return Field((key,), entries.read, write, points=True)
+    return Field((key,), written.read, write, points=True)

@@ -15,15 +15,16 @@ LISTS = (
     "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "layer_rope_theta", "attn_type_list",
     "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "activation_sparsity_pattern", "indexer_types",
     "index_topk_pattern", "hybrid_override_pattern", "hybrid_layer_pattern", "attention_layers", "attn_layers",
-    "attention_window", "swiglu_limits", "swiglu_limits_shared", "partial_rotary_factors", "use_rope_layers",
+    "swiglu_limits", "swiglu_limits_shared", "partial_rotary_factors", "use_rope_layers",
     "attention_windows", "compress_ratios", "block_configs", "sparse_attention_config.sparse_attention_freq",
     "expert_swiglu_limit_list",
 )  # fmt: skip
-"""Lists with an entry for each layer; a plain number under one of these keys says nothing of layers."""
+"""Lists with an entry for each layer, and nothing else."""
 
 SOMETIMES_LISTS = (
     "intermediate_size", "moe_intermediate_size", "num_experts", "num_shared_expert", "moe_topk", "rope_theta",
     "num_attention_heads", "num_key_value_heads", "num_query_heads", "num_kv_heads", "ffn_multipliers",
+    "attention_window",
 )  # fmt: skip
 """Settings that some models give for each layer: per layer where they are lists as long as the stack."""
 
@@ -58,10 +59,13 @@ FIELDS: Mapping[str, Field] = {
     **{
         key: place(key)
         for key in (
-            "num_kv_shared_layers", "rescale_every", "scale_attn_by_inverse_layer_idx", "num_layers_per_stack",
-            "n_layers_per_attn_res_block", "prefix_dense_sliding_window_pattern", "aligner_num_add_layers",
+            "num_kv_shared_layers", "num_layers_per_stack", "n_layers_per_attn_res_block", "aligner_num_add_layers",
             "use_cla", "is_encoder_decoder", "kv_source_layers",
         )
+    },
+    **{
+        key: place(key, from_the_first=True)
+        for key in ("rescale_every", "scale_attn_by_inverse_layer_idx", "prefix_dense_sliding_window_pattern")
     },
     "per_layer_config": numbered("per_layer_config"),
     "attention_types": runs("attention_types"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,11 +56,11 @@ def implied(
     that do, else to the first that is `stale`, else removed: a reader that knows only them is not misled.
     `explicit` is what the class makes of a list that is there.
     """
-    entries = listed(key)
+    written = listed(key)
 
     def read(config: Config, count: int) -> Meaning | None:
-        written = entries.read(config, count)
-        return fill(config, count) if written is None else explicit(written)
+        found = written.read(config, count)
+        return fill(config, count) if found is None else explicit(found)
 
     def write(meaning: Meaning, config: Config, count: int) -> Config:
         rest = {name: value for name, value in config.items() if name != key}
@@ -70,11 +71,11 @@ def implied(
                 edits = {name: value for name, value in settings.items() if name in present}
                 break
         else:
-            outdated = next(iter(stale(meaning, config)), {})
-            edits = {name: outdated.get(name, REMOVED) for name in present}
+            outdated = next(iter(stale(meaning, config)), {}) if present else {}
+            edits = {**dict.fromkeys(present, REMOVED), **outdated}
         if not lookup(config, key) and _makes(fill, with_edits(rest, edits), meaning):
             return edits
-        return {**edits, **entries.write(meaning, config, count)}
+        return {**edits, **written.write(meaning, config, count)}
 
     return Field((key, *keys), read, write)
 
@@ -107,8 +108,12 @@ def counts(key: str, hit: Any) -> Candidates:
 
 
 def periods(key: str) -> Candidates:
-    """Return the candidates of a period."""
-    return lambda meaning, config: ({key: size, f"_{key}": size} for size in range(1, len(meaning) + 2))
+    """Return the candidates of a period: those by which the meaning repeats itself."""
+    return lambda meaning, config: (
+        {key: size, f"_{key}": size}
+        for size in range(1, len(meaning) + 2)
+        if all(map(operator.eq, meaning, meaning[size:]))
+    )
 
 
 def number(config: Config, key: str, default: int) -> int:
@@ -139,14 +144,17 @@ def as_is(key: str) -> Field:
     return Field((key,), read, write)
 
 
-def place(key: str) -> Field:
-    """Return the field of a setting that ties layers to their places: only the identity leaves it as it is."""
+def place(key: str, from_the_first: bool = False) -> Field:
+    """Return the field of a setting that ties layers to their places: only the identity leaves it as it is.
+
+    Where it counts `from_the_first` layer and knows no last one, so do any first layers in their order.
+    """
 
     def read(config: Config, count: int) -> Meaning | None:
         return list(range(count)) if lookup(config, key) else None
 
     def write(meaning: Meaning, config: Config, count: int) -> Config:
-        if meaning == list(range(count)):
+        if meaning == list(range(len(meaning) if from_the_first else count)):
             return {}
         raise InexpressibleError("it ties layers to their places")
 

@@ -48,19 +48,20 @@ def config_under_sequence(arrangement: Arrangement) -> Config:
         raise RefusedError("layers: the sequence is empty; a model keeps at least one layer.")
     if arrangement.models[0].is_adapter:
         return adapter_settings(arrangement.models[0], arrangement.renamings()[0])
-    config, problems = _rewritten(arrangement)
+    shapes = [layer_shapes(model, model.layers) for model in arrangement.models]
+    config, problems = _rewritten(arrangement, shapes)
     if problems:
-        raise RefusedError(*problems, *_way_out(arrangement))
+        raise RefusedError(*problems, *_way_out(arrangement, shapes))
     parts = [(model.config.value, it) for model, it in zip(arrangement.models, arrangement.renamings(), strict=True)]
     return renamed_settings(config, parts)
 
 
-def _way_out(arrangement: Arrangement) -> list[str]:
+def _way_out(arrangement: Arrangement, shapes: Sequence[Sequence[Shapes]]) -> list[str]:
     """Return the nearest sequence that is possible, where there is one."""
     counts = [model.layers.count for model in arrangement.models]
 
     def possible(origins: Sequence[tuple[int, int]]) -> bool:
-        return not _rewritten(arrangement._replace(origins=tuple(Origin(*it) for it in origins)))[1]
+        return not _rewritten(arrangement._replace(origins=tuple(Origin(*it) for it in origins)), shapes)[1]
 
     # A sequence that changes nothing else tells a model that cannot be re-ordered from a sequence that does not fit.
     if not possible(tuple(arrangement.origins[:0]) + tuple((0, layer) for layer in range(counts[0]))):
@@ -72,7 +73,7 @@ def _way_out(arrangement: Arrangement) -> list[str]:
     return [f"layers: the nearest sequence that is possible is {near.text()}."]
 
 
-def _rewritten(arrangement: Arrangement) -> tuple[Config, list[str]]:
+def _rewritten(arrangement: Arrangement, shapes: Sequence[Sequence[Shapes]]) -> tuple[Config, list[str]]:
     """Return the config with its per-layer fields rewritten, and why it cannot be."""
     first = arrangement.models[0]
     problems: list[str] = []
@@ -95,7 +96,7 @@ def _rewritten(arrangement: Arrangement) -> tuple[Config, list[str]]:
             edited[level] = {**edited[level], "num_hidden_layers": len(arrangement.origins)}
         if is_text:
             problems += _places(arrangement, fields, edited[level])
-    problems += _structure(arrangement, signatures)
+    problems += _structure(arrangement, signatures, shapes)
     config = edited[-1]
     for level in reversed(range(len(path))):
         config = {**edited[level], path[level]: config}
@@ -132,8 +133,6 @@ def _part_rewritten(
             for signed, meaning in zip(signatures, meanings, strict=True):
                 for layer, says in enumerate(meaning or ()):
                     signed[layer] += (says == layer if field.points else repr(says),)
-            if _says(field, edited, becomes) == wanted:
-                continue
             rewritten = with_edits(edited, field.write(wanted, edited, counts[0]))
             if _says(field, rewritten, becomes) != wanted:
                 raise InexpressibleError("the model class would not take it as it would have to be written")
@@ -164,7 +163,12 @@ def _gathered(arrangement: Arrangement, field: Field, meanings: Sequence[Meaning
     places: dict[Origin, list[int]] = {}
     for place, origin in enumerate(arrangement.origins):
         places.setdefault(origin, []).append(place)
-    return [None if target is None else Positions(places.get(Origin(model, target), ())) for model, target in values]
+    return [
+        None
+        if target is None
+        else Positions([place] if origin == (model, target) else places.get(Origin(model, target), ()))
+        for place, (origin, (model, target)) in enumerate(zip(arrangement.origins, values, strict=True))
+    ]
 
 
 def _inexpressible(
@@ -225,10 +229,11 @@ def _places(arrangement: Arrangement, fields: Sequence[Field], config: Config) -
         yield f"model_type {kind!r}: its class wants at least one {' and one '.join(missing)} layer."
 
 
-def _structure(arrangement: Arrangement, signatures: Sequence[Sequence[Any]]) -> Iterator[str]:
+def _structure(
+    arrangement: Arrangement, signatures: Sequence[Sequence[Any]], shapes: Sequence[Sequence[Shapes]]
+) -> Iterator[str]:
     """Refuse where layers differ in their tensors in a way that neither the config nor their place explains."""
     stacks = [model.layers for model in arrangement.models]
-    shapes = [layer_shapes(model, stack) for model, stack in zip(arrangement.models, stacks, strict=True)]
     first = arrangement.models[0].model_type in FIRST_STAYS
     alike: dict[Any, set[Shapes]] = {}
     for model, stack in enumerate(stacks):

@@ -174,7 +174,7 @@ KINDS: dict[str, list[str]] = {
     "a list with one entry a layer": [
         "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "layer_rope_theta",
         "num_attention_heads_per_layer", "activation_sparsity_pattern", "indexer_types", "hybrid_layer_pattern",
-        "attention_layers", "attn_layers", "attention_window", "swiglu_limits", "swiglu_limits_shared",
+        "attention_layers", "attn_layers", "swiglu_limits", "swiglu_limits_shared",
         "partial_rotary_factors", "use_rope_layers", "compress_ratios", "attn_type_list", "block_configs",
         "expert_swiglu_limit_list", "sparse_attention_config.sparse_attention_freq", "moe_layer_freq",
     ],

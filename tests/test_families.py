@@ -361,7 +361,10 @@ def test_the_class_makes_of_a_rewritten_config_what_it_made_of_each_layer(kind: 
     loaded = made(kind, len(seq), edited)
     assert loaded is not None, edited
     after = facts(kind, loaded, len(seq))
-    assert after == {name: [values[layer] for layer in seq] for name, values in before.items()}, edited
+    # What the class does not read, vLLM does.
+    assert {name: after.get(name) for name in before} == {
+        name: [values[layer] for layer in seq] for name, values in before.items()
+    }, edited
     if "indexer_types" in before:
         sources = indexed_by(before["indexer_types"])
         for place, target in enumerate(indexed_by(after["indexer_types"])):

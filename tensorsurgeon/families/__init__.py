@@ -10,27 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tensorsurgeon.families.attention import (
+    DEEPSEEK_V4,
     FULL,
     GEMMA4,
+    INKLING,
+    KIMI,
+    LFM2,
     LINEAR,
+    NEMOTRON,
     NO_ROPE,
     SLIDING,
     WINDOWS,
     all_alike,
     cohere2_moe,
-    deepseek_v4,
     dots1_windows,
     exaone4,
     first_window,
-    inkling,
-    kimi,
-    kimi_lists,
-    lfm2,
     llama4,
-    members,
     muse,
-    nemotron_kinds,
-    nemotron_pattern,
     olmo_hybrid,
     qwen2_moe_windows,
     smollm3,
@@ -54,12 +51,6 @@ from tensorsurgeon.families.mlp import (
 from tensorsurgeon.families.states import INDEXERS, indexer_types, period_offset, residual_scale, shared_kv
 from tensorsurgeon.fields import Field, listed, pointers, runs
 from tensorsurgeon.rules import implied, periods, searched
-
-NEMOTRON = (
-    mlp_ordinals(),
-    implied("layers_block_type", nemotron_kinds, ["hybrid_override_pattern"], nemotron_pattern, stale=nemotron_pattern),
-)  # fmt: skip
-
 
 FAMILIES: Mapping[str, tuple[Field, ...]] = {
     **dict.fromkeys(("gemma2", "vaultgemma", "gpt_oss", "t5_gemma_module"), (types(2),)),
@@ -125,7 +116,7 @@ FAMILIES: Mapping[str, tuple[Field, ...]] = {
     ),
     "deepseek_v32": (mlp_types(3), all_alike("indexed_attention"), *INDEXERS),
     "deepseek_v4": (
-        implied("layer_types", deepseek_v4, ["compress_ratios"]),
+        *DEEPSEEK_V4,
         mlp_types(3, "num_hash_layers", "hash_moe", "moe"),
     ),
     "dots1": (
@@ -152,16 +143,14 @@ FAMILIES: Mapping[str, tuple[Field, ...]] = {
                                               for layer in range(count)]),
     ),
     "inkling_text": (
-        implied("layer_types", inkling, ["local_layer_ids"], members("local_layer_ids", "hybrid_sliding")),
+        *INKLING,
         mlp_types(0, "dense_mlp_idx"),
     ),
     "jamba": (period_offset("attn", 8, 4), period_offset("expert", 2, 1)),
     "kimi_linear": (
-        implied("layer_types", kimi, ["linear_attn_config.full_attn_layers", "linear_attn_config.kda_layers"],
-                kimi_lists),
-        mlp_types(1),
+        *KIMI, mlp_types(1),
     ),
-    "lfm2": (implied("layer_types", lfm2, ["full_attn_idxs"], members("full_attn_idxs", FULL)),),
+    "lfm2": LFM2,
     "lfm2_moe": (dense_first(2, "num_dense_layers"), listed("layer_types")),
     "llama4_text": (
         NO_ROPE,
@@ -180,7 +169,7 @@ FAMILIES: Mapping[str, tuple[Field, ...]] = {
     ),
     "muse_glimmer_text": muse(10000.0),
     "muse_spark_text": muse(500000.0),
-    "nemotron_h": NEMOTRON,
+    "nemotron_h": (*NEMOTRON, mlp_ordinals()),
     "olmo3": (types(4),),
     "olmo_hybrid": (implied("layer_types", olmo_hybrid),),
     "qwen2_moe": (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensorsurgeon.config import Config
-from tensorsurgeon.fields import Candidates, Field, Fill, InexpressibleError, Meaning, lookup
+from tensorsurgeon.fields import Field, Fill, InexpressibleError, Meaning, entries, indices, listed, lookup
 from tensorsurgeon.rules import implied, number, periods
 
 FULL, SLIDING, LINEAR, CHUNKED = "full_attention", "sliding_attention", "linear_attention", "chunked_attention"
@@ -46,7 +46,9 @@ GEMMA4 = implied(
 
 def cohere2_moe(config: Config, count: int) -> Meaning:
     """Return the types of Cohere 2 MoE: its first, dense layers have a period of their own; the others count anew."""
-    dense = min(number(config, "first_k_dense_replace", 0), count)
+    dense = number(config, "first_k_dense_replace", 0)
+    if dense > count:
+        raise InexpressibleError(f"first_k_dense_replace is {dense}, more than the {count} layers")
     first = every(1, key="prefix_dense_sliding_window_pattern")(config, dense)
     return first + every(4, key="sliding_window_pattern")(config, count - dense)
 
@@ -70,8 +72,11 @@ def deepseek_v4(config: Config, count: int) -> Meaning:
     by_ratio = {0: SLIDING, 4: sparse, 128: heavy}
     ratios = lookup(config, "compress_ratios")
     if ratios:
-        return [by_ratio.get(ratio, ratio) for ratio in ratios[:count]]
+        return [by_ratio.get(ratio, ratio) for ratio in entries(ratios, config, count)]
     return [sparse if layer > 2 and layer % 2 else heavy for layer in range(count)]
+
+
+DEEPSEEK_V4 = (listed("compress_ratios"), implied("layer_types", deepseek_v4))
 
 
 def kimi(config: Config, count: int) -> Meaning:
@@ -79,15 +84,14 @@ def kimi(config: Config, count: int) -> Meaning:
     full, linear = (lookup(config, f"linear_attn_config.{key}") for key in ("full_attn_layers", "kda_layers"))
     if full is None or linear is None:
         return [FULL if layer and layer % 4 == 0 else LINEAR for layer in range(count)]
-    return [FULL if layer + 1 in full else LINEAR if layer + 1 in linear else None for layer in range(count)]
+    kinds = [FULL if layer + 1 in full else LINEAR if layer + 1 in linear else None for layer in range(count)]
+    if None in kinds:
+        raise InexpressibleError(f"it leaves out layer {kinds.index(None)}")
+    return kinds
 
 
-def kimi_lists(meaning: Meaning, config: Config) -> Iterator[Config]:
-    """Return the lists of layers that give the types of Kimi Linear."""
-    yield {
-        f"linear_attn_config.{key}": [place + 1 for place, kind in enumerate(meaning) if kind == wanted]
-        for key, wanted in (("full_attn_layers", FULL), ("kda_layers", LINEAR))
-    }
+KIMI_LISTS = ("linear_attn_config.full_attn_layers", "linear_attn_config.kda_layers")
+KIMI = (*(indices(key, base=1) for key in KIMI_LISTS), implied("layer_types", kimi))
 
 
 def inkling(config: Config, count: int) -> Meaning:
@@ -98,15 +102,16 @@ def inkling(config: Config, count: int) -> Meaning:
     return ["hybrid_sliding" if layer in local else "hybrid" for layer in range(count)]
 
 
-def members(key: str, kind: str) -> Candidates:
-    """Return the candidate of a list of the layers of one kind."""
-    return lambda meaning, config: [{key: [place for place, it in enumerate(meaning) if it == kind]}]
+INKLING = (indices("local_layer_ids"), implied("layer_types", inkling))
 
 
 def lfm2(config: Config, count: int) -> Meaning:
     """Return the types of LFM 2: convolutions but for the listed layers, or full attention alone."""
     full = lookup(config, "full_attn_idxs")
     return [FULL if full is None or layer in full else "conv" for layer in range(count)]
+
+
+LFM2 = (indices("full_attn_idxs"), implied("layer_types", lfm2))
 
 
 def qwen2_windows(config: Config, count: int) -> Meaning:
@@ -148,17 +153,17 @@ def smollm3(config: Config, count: int) -> Meaning:
     """Return the types of SmolLM3: where it slides, it does in layers without rotary positions."""
     slides = config.get("use_sliding_window") and config.get("sliding_window") is not None
     rope = lookup(config, "no_rope_layers") or rope_interval(config, count)
-    return [SLIDING if slides and not has else FULL for has in rope[:count]]
+    return [SLIDING if slides and not has else FULL for has in entries(rope, config, count)]
 
 
 def llama4(config: Config, count: int) -> Meaning:
     """Return the types of Llama 4: chunks in layers with rotary positions."""
-    return [
-        CHUNKED if rope else FULL for rope in (lookup(config, "no_rope_layers") or rope_interval(config, count))[:count]
-    ]
+    rope = lookup(config, "no_rope_layers") or rope_interval(config, count)
+    return [CHUNKED if has else FULL for has in entries(rope, config, count)]
 
 
 def from_the_end(special: Any, rest: Any) -> Fill:
+    """Return the rule that makes the last layer special, and every fourth before it."""
     return lambda config, count: [special if (count - 1 - layer) % 4 == 0 else rest for layer in range(count)]
 
 
@@ -178,11 +183,10 @@ def nemotron_kinds(config: Config, count: int) -> Meaning:
     pattern = lookup(config, "hybrid_override_pattern")
     if not pattern:
         raise InexpressibleError("it says nothing of the layers' kinds, and neither does layers_block_type")
-    return [letters.get(entry, entry) for entry in pattern[:count]]
+    return [letters.get(entry, entry) for entry in entries(pattern, config, count)]
 
 
-def nemotron_pattern(meaning: Meaning, config: Config) -> Iterator[Config]:
-    """Return the pattern of letters for kinds of layers of Nemotron-H."""
-    letters = {LINEAR: "M", "mamba": "M", "moe": "E", FULL: "*", "attention": "*", "mlp": "-"}
-    if all(kind in letters for kind in meaning):
-        yield {"hybrid_override_pattern": "".join(letters[kind] for kind in meaning)}
+NEMOTRON = (
+    listed("hybrid_override_pattern"),
+    implied("layers_block_type", nemotron_kinds),
+)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorsurgeon.config import Config
-from tensorsurgeon.families.attention import (
-    every,
-)
-from tensorsurgeon.fields import Field, Meaning, lookup
+from tensorsurgeon.families.attention import NEMOTRON, every
+from tensorsurgeon.fields import Field, InexpressibleError, Meaning, entries, lookup
 from tensorsurgeon.rules import counted, counts, implied, number, searched
 
 DENSE, SPARSE = "dense", "sparse"
@@ -61,7 +59,7 @@ def mlp_types(default: int, key: str = "first_k_dense_replace", hit: str = DENSE
 def _mlp_by_freq(config: Config, count: int) -> Meaning:
     first, freq = number(config, "first_k_dense_replace", 1), lookup(config, "moe_layer_freq") or 1
     if isinstance(freq, list):
-        return [SPARSE if entry else DENSE for entry in freq[:count]]
+        return [SPARSE if entry else DENSE for entry in entries(freq, config, count)]
     return [SPARSE if layer >= first and layer % freq == 0 else DENSE for layer in range(count)]
 
 
@@ -119,11 +117,14 @@ def mlp_ordinals() -> Field:
     """Return Nemotron-H's list of MLP widths, which has an entry for each MLP layer only."""
 
     def read(config: Config, count: int) -> Meaning | None:
-        widths, pattern = lookup(config, "intermediate_size"), lookup(config, "hybrid_override_pattern") or ""
-        if not isinstance(widths, list) or len(widths) != pattern[:count].count("-"):
+        widths = lookup(config, "intermediate_size")
+        if not isinstance(widths, list):
             return None
+        kinds = NEMOTRON[-1].read(config, count) or []
+        if len(widths) != kinds.count("mlp"):
+            raise InexpressibleError(f"it has {len(widths)} entries, not one for each of {kinds.count('mlp')} MLPs")
         left = iter(widths)
-        return [next(left) if kind == "-" else None for kind in pattern[:count]]
+        return [next(left) if kind == "mlp" else None for kind in kinds]
 
     def write(meaning: Meaning, config: Config, count: int) -> Config:
         return {"intermediate_size": [width for width in meaning if width is not None]}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tensorsurgeon.config import Config
-from tensorsurgeon.fields import Field, Fill, Meaning, lookup
+from tensorsurgeon.fields import Field, Fill, Meaning, entries, listed, lookup
 from tensorsurgeon.rules import implied, number, searched
 
 
@@ -23,8 +24,8 @@ def shared_kv(default: int, layer_types: Field) -> Field:
         return [layer if layer < first else producers.get(kinds[layer]) for layer in range(count)]
 
     def candidates(meaning: Meaning, config: Config) -> Iterator[Config]:
-        for shared in range(len(meaning)):
-            yield {"num_kv_shared_layers": shared}
+        own = [place for place, target in enumerate(meaning) if target == place]
+        yield {"num_kv_shared_layers": len(meaning) - 1 - max(own, default=-1)}
 
     return searched(["num_kv_shared_layers"], fill, candidates, points=True)
 
@@ -32,32 +33,34 @@ def shared_kv(default: int, layer_types: Field) -> Field:
 def _indexers(config: Config, count: int) -> Meaning:
     pattern = lookup(config, "index_topk_pattern")
     if pattern:
-        return [{"F": "full", "S": "shared"}.get(entry, entry) for entry in pattern[:count]]
+        return [{"F": "full", "S": "shared"}.get(entry, entry) for entry in entries(pattern, config, count)]
     freq, offset = max(number(config, "index_topk_freq", 1), 1), number(config, "index_skip_topk_offset", 2)
     return ["full" if max(layer - offset + 1, 0) % freq == 0 else "shared" for layer in range(count)]
 
 
 def _indexer_pattern(meaning: Meaning, config: Config) -> Iterator[Config]:
-    """Give the text that vLLM reads along with the list that transformers reads."""
-    yield {"index_topk_pattern": "".join(entry[0].upper() for entry in meaning)}
+    if not lookup(config, "index_topk_pattern"):
+        yield {"index_topk_pattern": "".join(kind[0].upper() for kind in meaning)}
 
 
-def indexer_types(fill: Fill) -> tuple[Field, Field]:
-    """Return the fields of layers that choose keys by an indexer of their own or by that of an earlier layer."""
-    entries = implied(
-        "indexer_types", fill, ["index_topk_freq", "index_skip_topk_offset", "index_topk_pattern"],
-        stale=_indexer_pattern,
-    )  # fmt: skip
+def indexer_types(fill: Fill) -> tuple[Field, Field, Field]:
+    """Return the fields of layers that choose keys by an indexer of their own or by that of an earlier layer.
+
+    vLLM reads the pattern, transformers the list.
+    """
+    kinds = implied("indexer_types", fill, ["index_topk_freq", "index_skip_topk_offset"], stale=_indexer_pattern)
 
     def providers(config: Config, count: int) -> Meaning:
         provider: int | None = None
         found: Meaning = []
-        for layer, kind in enumerate(entries.read(config, count) or []):
+        for layer, kind in enumerate(kinds.read(config, count) or []):
             provider = layer if kind == "full" else provider
             found.append(provider)
         return found
 
-    return entries, searched(["indexer_types"], providers, lambda meaning, config: (), points=True)
+    kinds = replace(kinds, keys=(*kinds.keys, "index_topk_pattern"))
+    shared = searched(["indexer_types"], providers, lambda meaning, config: (), points=True)
+    return listed("index_topk_pattern"), kinds, shared
 
 
 INDEXERS = indexer_types(_indexers)
@@ -72,7 +75,7 @@ def residual_scale() -> Field:
         return [float(f"{(math.sqrt(count) if depth is None else depth) / math.sqrt(count):.12g}")] * count
 
     def write(meaning: Meaning, config: Config, count: int) -> Config:
-        return {"scale_depth": meaning[0] * math.sqrt(len(meaning))}
+        return {} if len(meaning) == count else {"scale_depth": meaning[0] * math.sqrt(len(meaning))}
 
     return Field(("scale_depth",), read, write)
 
@@ -86,8 +89,8 @@ def period_offset(name: str, period: int, offset: int) -> Field:
         return [layer % size == start for layer in range(count)]
 
     def candidates(meaning: Meaning, config: Config) -> Iterator[Config]:
-        for size in range(1, len(meaning) + 2):
-            for start in range(size):
-                yield dict(zip(keys, (size, start), strict=True))
+        hits = [place for place, hit in enumerate(meaning) if hit] or [len(meaning)]
+        size = hits[1] - hits[0] if len(hits) > 1 else max(hits[0] + 1, len(meaning) - hits[0])
+        yield dict(zip(keys, (size, hits[0]), strict=True))
 
     return searched(keys, fill, candidates)
