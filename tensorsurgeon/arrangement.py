@@ -73,7 +73,9 @@ def layer_shapes(ckpt: Checkpoint, stack: LayerStack) -> list[Shapes]:
             shapes[found.index].add((f"{module}.weight", ()))
         elif name not in described:
             shapes[found.index].add((found.rest, tensor.shape))
-    return [frozenset(layer) for layer in shapes]
+    # Layers that are alike are one object, which makes them quick to compare.
+    interned: dict[Shapes, Shapes] = {}
+    return [interned.setdefault(it, it) for it in map(frozenset, shapes)]
 
 
 def _rest(module: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_config import DROP_LAST, MODULES, REVERSE, checkpoint, llama, refused, tensor, under
+from test_config import DROP_LAST, MODULES, REPEAT, REVERSE, checkpoint, llama, refused, tensor, under
 
 from tensorsurgeon.arrangement import Arrangement, Origin
 from tensorsurgeon.checkpoint import Checkpoint
@@ -341,8 +341,8 @@ def test_entries_that_name_no_layer_stay(entry: str) -> None:
     ("entry", "expected"),
     [
         (r"re:model\.layers\.3\..*", ["0.self_attn.q_proj", "0.mlp.up_proj"]),
-        (r"re:.*layers\.(1|2)\.mlp", ["2.mlp.up_proj", "1.mlp.up_proj"]),
-        (r"re:.*layers\.[12]\.mlp", ["2.mlp.up_proj", "1.mlp.up_proj"]),
+        (r"re:.*layers\.(0|2)\.mlp", ["3.mlp.up_proj", "1.mlp.up_proj"]),
+        (r"re:.*layers\.[02]\.mlp", ["3.mlp.up_proj", "1.mlp.up_proj"]),
         ("model.layers.1.*", ["2.self_attn.q_proj", "2.mlp.up_proj"]),
         ("re:model.layers.1.mlp.up_proj", ["2.mlp.up_proj"]),
     ],
@@ -366,10 +366,19 @@ def test_a_name_where_no_list_is_is_refused(value: Any) -> None:
     assert "dequantize first" in problem
 
 
-@pytest.mark.parametrize("entry", ["re:layers.3.(", "model.layers.3.[*", "re:.*layers\\.9\\..*"])
-def test_a_pattern_that_hits_nothing_is_dropped_or_refused(entry: str) -> None:
-    with suppress(RefusedError):
-        assert skip_list(checkpoint(llama(quantization_config=fp8(entry))), *REVERSE) == []
+@pytest.mark.parametrize("entry", ["re:.*layers\\.9\\..*", r"re:.*layers\.(1|2)\.mlp"])
+def test_a_pattern_stays_where_it_hits_of_the_output_what_it_hit_of_the_source(entry: str) -> None:
+    assert skip_list(checkpoint(llama(quantization_config=fp8(entry))), *REVERSE) == [entry]
+
+
+def test_a_pattern_that_would_hit_what_it_did_not_is_dropped() -> None:
+    config = llama(quantization_config=fp8("re:.*layers\\.[45]\\..*", "lm_head"))
+    assert skip_list(checkpoint(config), *REPEAT) == ["lm_head"]
+
+
+def test_a_pattern_that_cannot_be_read_is_refused() -> None:
+    (problem,) = refused(llama(quantization_config=fp8("re:layers.3.(")), *REVERSE)
+    assert "'re:layers.3.(' names a layer by number in a way that cannot be renumbered" in problem
 
 
 @pytest.mark.parametrize(
