@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.module_lists import Renaming, make_renaming
-from tensorsurgeon.names import LayerStack, layer_name
+from tensorsurgeon.names import LayerStack, companions, layer_name
 from tensorsurgeon.notation import NamedLayer, format_named_layers
-from tensorsurgeon.quantized import companions
+from tensorsurgeon.renaming import Renaming, make_renaming
 
 
 class Origin(NamedTuple):

@@ -15,11 +15,27 @@ _LAYER = re.compile(
 )
 _NOT_THE_STACK = re.compile(r"vision|visual|audio|image|speech|qformer|perceiver|talker|code2wav|(^|\.)mtp")
 
+COMPANION = (
+    r"\.weight_(?:scale(?:_2|_inv|_inverse)?|packed|shape|zero_point|global_scale|g_idx|format)|\.SCB|\.bitmask"
+    r"|_scale_inv|_weight_scale(?:_2)?|_input_scale|_blocks|_scales|\.qweight|\.qzeros|\.scales|\.g_idx|\.trellis"
+    r"|\.weight[._](?:absmax|quant_map|nested_\w+|quant_state(?:\.\w+)?)|\._weight_\w+|\.compressed|\.pre_quant_scale"
+    r"|\.input_(?:scale(?:_ub)?|global_scale|zero_point)|\.activation_scale|\.output_scale|\.[kvq]_scale"
+)
+"""How names end of tensors that describe a quantised weight: the quantised formats of transformers 5 and vLLM 0.32."""
+
+_COMPANION = re.compile(rf"(?P<module>.+?)(?:{COMPANION})$")
+
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """Return the names that the glob matches; `*` crosses dots, and a comma separates alternatives."""
     alternatives = re.compile("|".join(translate(part.strip()) for part in pattern.split(",")))
     return [name for name in names if alternatives.match(name)]
+
+
+def companions(names: Iterable[str]) -> dict[str, str]:
+    """Return the tensors that describe a quantised weight, each with the module it belongs to."""
+    found = ((name, _COMPANION.match(name)) for name in names)
+    return {name: match["module"] for name, match in found if match}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tensorsurgeon.config import Config, config_parts, text_config_path
-from tensorsurgeon.names import LayerStack, is_tower, layer_name
+from tensorsurgeon.names import COMPANION, LayerStack, is_tower, layer_name
 
 Shape = tuple[int, ...]
 
@@ -68,13 +68,8 @@ def _rules(group: str, path: str, parts: str, mark: str = "", layout: str = "", 
 
 
 _SUFFIX = re.compile(
-    r"(?P<module>.+?)(?:(?P<weight>[._]weight|\.gamma)|(?P<bias>[._]bias|\.beta)|(?P<companion>"
-    r"\.weight_(?:scale(?:_2|_inv|_inverse)?|packed|shape|zero_point|global_scale|g_idx|format)|\.SCB|\.bitmask"
-    r"|_scale_inv|_weight_scale(?:_2)?|_input_scale|_blocks|_scales|\.qweight|\.qzeros|\.scales|\.g_idx|\.trellis"
-    r"|\.weight[._](?:absmax|quant_map|nested_\w+|quant_state(?:\.\w+)?)|\._weight_\w+|\.compressed|\.pre_quant_scale"
-    r"|\.input_(?:scale(?:_ub)?|global_scale|zero_point)|\.activation_scale|\.output_scale|\.[kvq]_scale))?"
+    rf"(?P<module>.+?)(?:(?P<weight>[._]weight|\.gamma)|(?P<bias>[._]bias|\.beta)|(?P<companion>{COMPANION}))?"
 )
-"""The companions are those of `quantized.companions`; a test compares the two."""
 
 _TOWERS = {
     "mtp": r"(^|\.)mtp",

@@ -84,6 +84,16 @@ def test_dtypes_and_shards_are_summed(tmp_path: Path, shards: int) -> None:
             assert row == {"file": path.name, "tensors": len(file.keys()), "bytes": path.stat().st_size}
 
 
+def role_of(name: str) -> str:
+    """Return the role of a tensor of Qwen3, by its name."""
+    module = name.removesuffix("_scale_inv").removesuffix(".weight").rpartition(".")[2]
+    if module.endswith("_proj"):
+        return f"{'mlp' if '.mlp.' in name else 'attention'} {module.removesuffix('_proj')}"
+    ends = {"lm_head": "head lm_head", "embed_tokens": "embedding token", "norm": "norm final"}
+    short = {"q_norm": "norm q", "k_norm": "norm k"}
+    return {**ends, **short}.get(module, f"norm {module}")
+
+
 @pytest.mark.parametrize("pattern", ["*norm*", "lm_head.weight", "model.layers.1.*", "*.q_proj.weight,*k_norm*", "*"])
 def test_tensors_are_listed_by_a_glob(tmp_path: Path, pattern: str) -> None:
     directory = make.fp8(tmp_path / "fp8", layers=2)
@@ -94,6 +104,9 @@ def test_tensors_are_listed_by_a_glob(tmp_path: Path, pattern: str) -> None:
             "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "bytes": tensor.nbytes,
+            "role": role_of(name),
+            "kind": "companion" if name.endswith("_scale_inv") else "weight",
+            "layout": "out,in" if name.endswith(("proj.weight", "lm_head.weight")) else "-",
             "shard": weight_map[name],
         }
         for name, tensor in read(directory).items()
@@ -166,7 +179,7 @@ def test_the_table_shows_the_numbers_as_people_read_them(tmp_path: Path, capsys:
     row = next(line for line in out.splitlines() if line.startswith("BF16"))
     assert row.split() == ["BF16", "36", "1,113,792", "2,227,584", "100.0%"]
     assert main(["inspect", str(directory), "--tensors", "lm_head*"]) == 0
-    assert "lm_head.weight  BF16     304x192  116,736  model.safetensors" in capsys.readouterr().out
+    assert "lm_head.weight  BF16     304x192  116,736  head lm_head  weight  out,in    model.safetensors" in capsys.readouterr().out
 
 
 def test_long_lists_of_shards_are_cut_in_the_table_and_whole_in_json(

@@ -17,7 +17,8 @@ from test_config import DROP_LAST, MODULES, REPEAT, REVERSE, checkpoint, llama, 
 from tensorsurgeon.arrangement import Arrangement, Origin
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError
-from tensorsurgeon.module_lists import make_renaming, names_a_layer, renamed_files
+from tensorsurgeon.module_lists import renamed_files
+from tensorsurgeon.renaming import make_renaming, names_a_layer
 
 COUNT = 12
 RESTS = (*MODULES, "mlp.gate", "mlp.gate_proj", "mlp.experts.1.up_proj", "mlp.experts.10.up_proj")

@@ -20,8 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from tensorsurgeon.errors import CheckpointError
-from tensorsurgeon.names import LayerStack, find_stack, layer_name
-from tensorsurgeon.quantized import companions
+from tensorsurgeon.names import LayerStack, companions, find_stack, layer_name
 from tensorsurgeon.roles import Role, find_role, find_roles
 
 CAUSAL = (

@@ -18,9 +18,10 @@ from tensorsurgeon.config import COUNT_KEYS, quantization_config
 from tensorsurgeon.document import render
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import load_json
+from tensorsurgeon.names import companions
 from tensorsurgeon.parameters import Location
 from tensorsurgeon.progress import Advance, progress_bar
-from tensorsurgeon.quantized import PACKED, companions, fp8_block, quantized_tensors
+from tensorsurgeon.quantized import PACKED, fp8_block, quantized_tensors
 from tensorsurgeon.receipt import seal
 from tensorsurgeon.registry import Findings, exam
 from tensorsurgeon.source import INDEX, RECEIPT, SINGLE

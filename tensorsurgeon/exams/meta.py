@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from tensorsurgeon.quantized import companions
+from tensorsurgeon.names import companions
 
 SHOWN = 5
 

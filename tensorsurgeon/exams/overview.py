@@ -9,8 +9,9 @@ from typing import Any
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.names import companions
 from tensorsurgeon.parameters import Glob
-from tensorsurgeon.quantized import PACKED, companions, format_name, quantized_tensors
+from tensorsurgeon.quantized import PACKED, format_name, quantized_tensors
 from tensorsurgeon.registry import Findings, exam
 from tensorsurgeon.sizes import format_size
 
@@ -121,6 +122,7 @@ def _tensor_row(ckpt: Checkpoint, name: str) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "bytes": tensor.nbytes,
         "role": " ".join(filter(None, ckpt.roles[name][:2])),
+        "kind": ckpt.roles[name].kind,
         "layout": ckpt.roles[name].layout or "-",
         "shard": shard,
     }

@@ -13,11 +13,12 @@ from tensorsurgeon.errors import RefusedError, UsageError, nearest, raise_all
 from tensorsurgeon.families import FAMILIES
 from tensorsurgeon.fields import lookup
 from tensorsurgeon.known_fields import FIELDS
-from tensorsurgeon.module_lists import SETTINGS, names_a_layer
+from tensorsurgeon.module_lists import SETTINGS
 from tensorsurgeon.names import layer_name, matching
 from tensorsurgeon.ops.arranging import arranged
 from tensorsurgeon.parameters import Glob, Models, NamedLayers
 from tensorsurgeon.registry import open_model, operation
+from tensorsurgeon.renaming import names_a_layer
 from tensorsurgeon.tensor import LazyTensor
 
 BASE = "base"

@@ -6,12 +6,12 @@ beside its weight; the config only says what the tensors cannot.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.format import BITS
+from tensorsurgeon.names import companions
 from tensorsurgeon.tensor import LazyTensor
 
 PLAIN = ("F64", "F32", "F16", "BF16")
@@ -19,18 +19,6 @@ PLAIN = ("F64", "F32", "F16", "BF16")
 
 PACKED = ("I32", "U32", "U8")
 """Dtypes of quantised weights that hold several numbers, or parts of them, in one element."""
-
-_COMPANION = re.compile(
-    r"(?P<module>.+?)(?P<suffix>"
-    r"\.weight_scale_inv|_scale_inv|\.weight_scale(_2)?|\.weight_packed|\.weight_shape|\.weight_zero_point"
-    r"|\.weight_global_scale|\.weight_g_idx|\.qweight|\.qzeros|\.scales|\.g_idx|_blocks|_scales|\.SCB"
-    r"|\.weight_format|\.weight\.absmax|\.weight\.quant_map|\.weight\.nested_\w+|\.weight\.quant_state\.\w+"
-    r"|\.weight_(absmax|quant_map|quant_state|nested_\w+)|\._weight_\w+|\.compressed|\.bitmask|\.pre_quant_scale"
-    r"|\.input_scale(_ub)?|\.activation_scale|\.input_global_scale|\.input_zero_point|\.output_scale"
-    r"|\.[kvq]_scale|\.trellis|\.weight_scale_inverse"
-    r")$"
-)
-"""Names of tensors that describe a quantised weight: ../quantized formats of transformers 5 and vLLM 0.32."""
 
 _FORMATS = {
     ".weight_packed": "compressed-tensors packed",
@@ -45,12 +33,6 @@ _FORMATS = {
     ".weight_scale": "FP8 or INT8 with scales",
     ".trellis": "EXL3",
 }
-
-
-def companions(names: Iterable[str]) -> dict[str, str]:
-    """Return the tensors that describe a quantised weight, each with the module it belongs to."""
-    found = ((name, _COMPANION.match(name)) for name in names)
-    return {name: match["module"] for name, match in found if match}
 
 
 def quantized_tensors(tensors: Mapping[str, LazyTensor]) -> list[str]:
