@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, LAYERS, SEQUENCES, Architecture, decoded, load, logits_of, replay
+from safetensors.torch import save_file
 
 import make
 import tensorsurgeon as ts
@@ -148,3 +149,47 @@ def test_a_permutation_and_its_inverse_give_back_every_byte(name: str, zoo: Any,
         ts.write(ts.ops.select_layers(there, inverse), tmp_path / "dest", overwrite=True)
         assert make.same(make.read(tmp_path / "dest"), make.read(source))
         assert torch.equal(logits_of(load(tmp_path / "dest")), logits_of(load(source)))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_layers_for_multi_token_prediction_stay_behind_the_stack(name: str, zoo: Any, tmp_path: Path) -> None:
+    source, model = zoo(name)
+    extra = {f"model.layers.{LAYERS}.{module}.weight": torch.randn(8, 32) for module in ("eh_proj", "mlp.up_proj")}
+    with_extra = shutil.copytree(source, tmp_path / "source")
+    index = json.loads((with_extra / "model.safetensors.index.json").read_text())
+    save_file(extra, with_extra / "extra.safetensors")
+    index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
+    (with_extra / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((with_extra / "config.json").read_text())
+    (with_extra / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    for sequence in ("drop", "repeat"):
+        dest = tmp_path / sequence
+        ts.write(ts.ops.select_layers(ts.open(with_extra), SEQUENCES[sequence]), dest)
+        written, place = make.read(dest), len(SEQUENCES[sequence])
+        for key, tensor in extra.items():
+            assert torch.equal(written.pop(key.replace(f".{LAYERS}.", f".{place}.")), tensor)
+        assert json.loads((dest / "config.json").read_text())["num_nextn_predict_layers"] == 1
+        (wanted,) = replay(model, [SEQUENCES[sequence]])
+        loaded, info = architectures.model_class(model.config).from_pretrained(
+            dest, dtype=torch.float32, output_loading_info=True
+        )
+        assert set(info["unexpected_keys"]) <= {key.replace(f".{LAYERS}.", f".{place}.") for key in extra}
+        assert not info["missing_keys"]
+        assert (logits_of(loaded.eval()) - wanted).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "key", "count"), [("gpt2", "n_layer", 12), ("gpt_neo", "num_layers", 24)])
+def test_a_count_that_only_the_class_knows_is_written(name: str, key: str, count: int, tmp_path: Path) -> None:
+    changes = {"attention_types": [[["global", "local"], count // 2]]} if name == "gpt_neo" else {}
+    source = architectures.make(
+        ARCHITECTURES[name], tmp_path / "source", **{key: count, "num_hidden_layers": count, **changes}
+    )
+    model = load(source)
+    config = json.loads((source / "config.json").read_text())
+    absent = {it: value for it, value in config.items() if it not in (key, *changes, "attention_layers")}
+    (source / "config.json").write_text(json.dumps(absent))
+    assert torch.equal(logits_of(load(source)), logits_of(model))
+    sequence = [*range(5), *range(4, count - 2)]
+    ts.write(ts.ops.select_layers(ts.open(source), sequence), tmp_path / "dest")
+    (wanted,) = replay(model, [sequence], count=count)
+    assert (logits_of(load(tmp_path / "dest")) - wanted).abs().max() < TOLERANCE

@@ -245,7 +245,7 @@ def test_a_reader_that_goes_away_gets_no_traceback(plain: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "keys"),
     [
-        (["inspect", "{plain}"], ["model", "dtypes", "shards", "problems"]),
+        (["inspect", "{plain}"], ["model", "dtypes", "roles", "shards", "problems"]),
         (["inspect", "{plain}", "--tensors", "*norm*"], ["tensors", "problems"]),
         (["verify", "{plain}"], ["checks", "problems"]),
         (["reference"], ["$schema", "title", "type", "properties", "required", "additionalProperties"]),
@@ -268,7 +268,11 @@ def test_json_is_all_that_is_printed(
 def test_the_dry_run_of_every_operation_prints_json_and_writes_nothing(
     run: Run, plain: Path, fp8: Path, tmp_path: Path, name: str
 ) -> None:
-    given = {"cast": ["--dtype", "float16"], "keep-layers": ["--first", "2"]}
+    given = {
+        "cast": ["--dtype", "float16"],
+        "keep-layers": ["--first", "2"],
+        "stitch": ["--layers", "base:0-1,other:1", "--models", f"other={plain}"],
+    }
     needs_layers = any(each.name == "layers" and each.required for each in OPERATIONS[name].parameters)
     options = given.get(name, ["--layers", "1"] if needs_layers else [])
     source = fp8 if name == "dequantize" else plain

@@ -179,7 +179,10 @@ def test_the_table_shows_the_numbers_as_people_read_them(tmp_path: Path, capsys:
     row = next(line for line in out.splitlines() if line.startswith("BF16"))
     assert row.split() == ["BF16", "36", "1,113,792", "2,227,584", "100.0%"]
     assert main(["inspect", str(directory), "--tensors", "lm_head*"]) == 0
-    assert "lm_head.weight  BF16     304x192  116,736  head lm_head  weight  out,in    model.safetensors" in capsys.readouterr().out
+    assert (
+        "lm_head.weight  BF16     304x192  116,736  head lm_head  weight  out,in    model.safetensors"
+        in capsys.readouterr().out
+    )
 
 
 def test_long_lists_of_shards_are_cut_in_the_table_and_whole_in_json(

@@ -288,3 +288,11 @@ def test_only_what_must_change_changes_in_the_config(six: Path, tmp_path: Path) 
     ts.write(ts.ops.drop_layers(ts.open(six), "1"), tmp_path / "dest")
     before, after = ((place / "config.json").read_text() for place in (six, tmp_path / "dest"))
     assert after == before.replace('"num_hidden_layers": 6', '"num_hidden_layers": 5')
+
+
+@pytest.mark.parametrize("command", [ts.ops.reverse_layers, lambda ckpt: ts.ops.drop_layers(ckpt, "1")])
+def test_a_model_without_layers_of_its_own_says_why(tmp_path: Path, command: Any) -> None:
+    tensors = {"albert.encoder.albert_layer_groups.0.albert_layers.0.ffn.weight": torch.zeros(2, 2)}
+    config = {"model_type": "albert", "num_hidden_layers": 4, "num_hidden_groups": 1}
+    with pytest.raises(RefusedError, match="'albert': all layers share one set of weights"):
+        command(ts.open(make.save(tmp_path / "albert", tensors, config)))

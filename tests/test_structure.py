@@ -57,8 +57,9 @@ LEAVES = {"_version": set(), "errors": set(), "progress": set(), "sizes": {"erro
 
 LIGHT = (
     "_version", "errors", "sizes", "progress", "format", "document", "tensor", "notation", "nearest", "names",
-    "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming", "module_lists",
-    "arrangement", "sequence", "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
+    "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming",
+    "module_lists", "arrangement", "sequence",
+    "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
     "durable", "writer", "quantized", "ops", "mergekit", "recipe", "cli", "report", "__init__", "__main__",
     "exams/__init__", "exams/overview", "exams/integrity",
 )  # fmt: skip

@@ -7,7 +7,9 @@ from typing import Literal
 
 from tensorsurgeon.arrangement import Arrangement, Origin
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.errors import UsageError
+from tensorsurgeon.errors import CheckpointError, RefusedError, UsageError
+from tensorsurgeon.families import REFUSED
+from tensorsurgeon.names import LayerStack
 from tensorsurgeon.ops.arranging import arranged
 from tensorsurgeon.parameters import Count, Layers
 from tensorsurgeon.registry import operation
@@ -38,7 +40,7 @@ def drop_layers(ckpt: Checkpoint, layers: Layers, assume_uniform: bool = False) 
         layers: Layers to remove, such as 3,8-11.
         assume_uniform: Leave settings alone that may be per layer but are not known, as of models with own code.
     """
-    return _reordered(ckpt, assume_uniform, ckpt.layers.without(layers))
+    return _reordered(ckpt, assume_uniform, _stack(ckpt).without(layers))
 
 
 @operation
@@ -56,8 +58,8 @@ def repeat_layers(
     Raises:
         UsageError: for a block whose layers are not neighbours in ascending order.
     """
-    ckpt.layers.check(layers)
-    everything = range(ckpt.layers.count)
+    _stack(ckpt).check(layers)
+    everything = range(_stack(ckpt).count)
     if each:
         return _reordered(
             ckpt, assume_uniform, [layer for layer in everything for _ in range(times if layer in layers else 1)]
@@ -76,9 +78,9 @@ def reverse_layers(ckpt: Checkpoint, layers: Layers | None = None, assume_unifor
         layers: Layers that change places, such as 8-15; all where not given.
         assume_uniform: Leave settings alone that may be per layer but are not known, as of models with own code.
     """
-    sequence = list(range(ckpt.layers.count))
+    sequence = list(range(_stack(ckpt).count))
     chosen = sorted(set(sequence if layers is None else layers))
-    ckpt.layers.check(chosen)
+    _stack(ckpt).check(chosen)
     for place, layer in zip(chosen, reversed(chosen), strict=True):
         sequence[place] = layer
     return _reordered(ckpt, assume_uniform, sequence)
@@ -111,7 +113,7 @@ def keep_layers(
     given = {key: value for key, value in rules.items() if value is not None}
     if len(given) != 1:
         raise UsageError("keep-layers: give just one of every, first, last, middle and parity.")
-    count = ckpt.layers.count
+    count = _stack(ckpt).count
     wanted = first or last or middle or 0
     if wanted > count:
         raise UsageError(f"keep-layers: {wanted} layers are asked for, but the model has {count}.")
@@ -126,7 +128,17 @@ def keep_layers(
     return _reordered(ckpt, assume_uniform, kept[next(iter(given))])
 
 
+def _stack(ckpt: Checkpoint) -> LayerStack:
+    """Return the layers, or say why a model whose tensors do not show them has none to re-order."""
+    try:
+        return ckpt.layers
+    except CheckpointError:
+        if ckpt.model_type in REFUSED:
+            raise RefusedError(f"model_type {ckpt.model_type!r}: {REFUSED[ckpt.model_type]}.") from None
+        raise
+
+
 def _reordered(ckpt: Checkpoint, assume_uniform: bool, layers: Iterable[int]) -> Checkpoint:
     sequence = tuple(layers)
-    ckpt.layers.check(sequence)
+    _stack(ckpt).check(sequence)
     return arranged(Arrangement((ckpt,), tuple(Origin(0, layer) for layer in sequence), assume_uniform))

@@ -31,6 +31,9 @@ from synthetic import Qwen3
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[2]
+PEERS = ROOT / ".venv-peers" / "bin"
+"""Where `bin/setup peers` puts mergekit."""
+
 MIB = 2**20
 COMMAND = [sys.executable, "-m", "tensorsurgeon"]
 IMPORTS = {
@@ -201,6 +204,43 @@ def measure_select_layers(setup: Setup) -> list[Figure]:
     return [
         Figure(f"{title}: wall", "s", [it.wall for it in mine], [it.wall for it in other], 1.15),
         Figure(f"{title}: CPU", "s", [it.cpu for it in mine], [it.cpu for it in other]),
+    ]
+
+
+def measure_mergekit(setup: Setup) -> list[Figure]:
+    """Compare a mergekit YAML, run by us and by mergekit with `sync`: a Llama stacked on itself."""
+    middle = setup.plain.layers // 3
+    with workplace(setup) as place:
+        source, dest, recipe = place / "source", place / "dest", place / "stack.yml"
+        synthetic.write(source, *synthetic.as_llama(setup.plain), setup.shard_size)
+        ranges = ([0, 2 * middle], [middle, setup.plain.layers])
+        slices = [{"sources": [{"model": str(source), "layer_range": layers}]} for layers in ranges]
+        recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+        merge = [str(PEERS / "mergekit-yaml"), "$0", "$1", "--no-copy-tokenizer", "--quiet"]
+        merging = ["sh", "-c", f"{' '.join(merge)} && sync $1/*", str(recipe), str(dest)]
+        run(surgeon("run", recipe, dest, "--quiet"))
+        size = directory_size(dest)
+        other = place / "other"
+        run([*merging[:-1], str(other)])
+        mine, theirs = open_tensors(dest), open_tensors(other)
+        if set(mine) != set(theirs):
+            raise AssertionError("mergekit: writes other tensors.")
+        for name in list(mine)[:: max(1, len(mine) // 20)]:
+            require_equal(name, mine[name].get_tensor(name), theirs[name].get_tensor(name))
+        shutil.rmtree(other)
+
+        def timed(command: list[str]) -> Run:
+            prepare(dest, source, size)
+            return run(command)
+
+        ours, merged = alternate(
+            setup.runs, lambda: timed(surgeon("run", recipe, dest, "--quiet")), lambda: timed(merging)
+        )
+    title = f"passthrough, {size / 1e9:.2f} GB, with mergekit"
+    return [
+        Figure(f"{title}: wall", "s", [it.wall for it in ours], [it.wall for it in merged], 1),
+        Figure(f"{title}: CPU", "s", [it.cpu for it in ours], [it.cpu for it in merged]),
+        Figure(f"{title}: peak memory", "MB", [it.peak / 1e6 for it in ours], [it.peak / 1e6 for it in merged], 1),
     ]
 
 
@@ -433,6 +473,7 @@ HELPERS = {"reference": decode_in_torch, "phases": dequantize_in_turn}
 
 MEASUREMENTS = {
     "select-layers": measure_select_layers,
+    "mergekit": measure_mergekit,
     "dequantize": measure_dequantize,
     "memory": measure_memory,
     "headers": measure_headers,

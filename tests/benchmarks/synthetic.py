@@ -75,6 +75,14 @@ class Qwen3(NamedTuple):
         }
 
 
+def as_llama(model: Qwen3) -> tuple[Shapes, dict[str, Any]]:
+    """Return the tensors and config of a Llama of a Qwen3's sizes, with a head of its own."""
+    shapes = {name: it for name, it in model.shapes().items() if not name.endswith(("q_norm.weight", "k_norm.weight"))}
+    shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    changes = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+    return shapes, model.config() | changes
+
+
 DEEPSEEK_V3: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",

@@ -25,7 +25,7 @@ def within_limits(figures: list[Figure]) -> None:
     assert [figure for figure in figures if figure.limit and min(figure.judged) > figure.limit] == []
 
 
-@pytest.mark.parametrize("measurement", ["select-layers", "dequantize", "memory"])
+@pytest.mark.parametrize("measurement", ["select-layers", "mergekit", "dequantize", "memory"])
 def test_measurement_runs(measurement: str, setup: Setup) -> None:
     figures = bench.MEASUREMENTS[measurement](setup)
     assert figures
