@@ -67,7 +67,7 @@ class Architecture:
 
     `implied` are keys that the class fills in by itself: with and without them the config means the same. `refused`
     are the sequences, by name, that its config cannot say. `vllm` are settings with which vLLM serves it on a CPU,
-    and `cached` tells whether transformers' own decoding of the original with a cache agrees with that without.
+    and `cached` tells whether transformers decodes the original with a cache, to what it does without.
     """
 
     model_type: str
@@ -154,13 +154,13 @@ ARCHITECTURES = _named(
     A("nemotron_h", {"layers_block_type": ["mamba", "attention", "mlp", "moe", "attention", "mamba"],
                      "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1,
                      "moe_shared_expert_intermediate_size": 16, **ROUTED}, cached=False),
-    A("mamba", {"state_size": 8, "time_step_rank": 4}),
-    A("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
+    A("mamba", {"state_size": 8, "time_step_rank": 4}, cached=False),
+    A("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}, cached=False),
     A("minimax", {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8}, ("layer_types",)),
     A("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4}),
     A("minicpm3", LATENT, vllm={**SERVED, **SERVED_LATENT}),
     A("lfm2", {"full_attn_idxs": [1, 4], "block_ff_dim": 48}, ("layer_types",)),
-    A("recurrent_gemma", {"attention_window_size": 8, "lru_width": 32}),
+    A("recurrent_gemma", {"attention_window_size": 8, "lru_width": 32}, cached=False),
     A("olmo_hybrid", {"linear_num_key_heads": 2, "linear_num_value_heads": 4}, ("layer_types",),
       refused=("skip", "last alone")),
     A("cwm", WINDOW, ("layer_types",)),
@@ -186,11 +186,11 @@ ARCHITECTURES = _named(
     A("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True, "head_dim": None}, vllm={"hidden_size": 128}),
     A("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, vllm={**SERVED, "word_embed_proj_dim": 128}),
     A("xglm", {"num_layers": LAYERS, "d_model": 32, "ffn_dim": 48, "attention_heads": 4}),
-    A("bert"),
-    A("roberta"),
-    A("distilbert", {"n_layers": LAYERS, "dim": 32, "hidden_dim": 48, "n_heads": 4}),
-    A("electra", {"embedding_size": 32}),
-    A("modernbert", {"global_attn_every_n_layers": 3, "local_attention": 8}, ("layer_types",), PREFIX),
+    A("bert", cached=False),
+    A("roberta", cached=False),
+    A("distilbert", {"n_layers": LAYERS, "dim": 32, "hidden_dim": 48, "n_heads": 4}, cached=False),
+    A("electra", {"embedding_size": 32}, cached=False),
+    A("modernbert", {"global_attn_every_n_layers": 3, "local_attention": 8}, ("layer_types",), PREFIX, cached=False),
     A("modernbert-decoder", {"global_attn_every_n_layers": 3, "local_attention": 8}, ("layer_types",), PREFIX),
     A("gemma3", {"text_config": {"model_type": "gemma3_text", "sliding_window_pattern": 3, **WINDOW},
                  "vision_config": {**VISION, "model_type": "siglip_vision_model", "patch_size": 8, "image_size": 16},

@@ -1,32 +1,65 @@
-"""The README holds what the code says. `python tests/test_docs.py` brings its reference up to date."""
+"""The README holds what the code says. `python tests/test_docs.py` brings its reference and tables up to date."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from architectures import ARCHITECTURES, SEQUENCES
+from tabulate import tabulate
 
 from tensorsurgeon import ops
 from tensorsurgeon.cli import commands
+from tensorsurgeon.families import REFUSED
 from tensorsurgeon.recipe import make_recipe
 from tensorsurgeon.report.reference import reference_text
 
 TOP = Path(__file__).parent.parent
 README = TOP / "README.md"
-AROUND = re.compile(r"(?<=JSON schema of recipes\.\n\n).*(?=\n\n## How it is built)", re.DOTALL)
+REFERENCE = re.compile(r"(?<=JSON schema of recipes\.\n\n).*(?=\n\n## How it is built)", re.DOTALL)
+TABLE = re.compile(r"(?<=not compared\.\n\n)\|.*?(?=\n\n)", re.DOTALL)
+NONE = re.compile(r"(?<=never re-ordered: ).*?(?=\n\n)", re.DOTALL)
 
 
 def fenced(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_the_reference_is_what_the_declarations_say() -> None:
-    found = AROUND.search(README.read_text())
+def architectures_table() -> str:
+    """Return what is proved of each architecture, as `test_architectures` and `test_served_architectures` do it."""
+    rows = []
+    for name, it in ARCHITECTURES.items():
+        everything = set(it.refused) == set(SEQUENCES)
+        transformers = "" if everything else "logits, cache" if it.cached else "logits"
+        refused = "all" if everything else ", ".join(it.refused)
+        rows.append([name, transformers, "log probabilities" if it.vllm else "", refused])
+    return tabulate(rows, ["model type", "transformers", "vLLM", "refused"], tablefmt="pipe")
+
+
+def refused_types() -> str:
+    """Return the model types of which no sequence can be said, each with its reason."""
+    listed = "; ".join(f"`{kind}` ({why})" for kind, why in sorted(REFUSED.items()))
+    return textwrap.fill(f"{listed}.", 116, break_long_words=False, break_on_hyphens=False)
+
+
+GENERATED: dict[str, tuple[re.Pattern[str], Callable[[], str]]] = {
+    "reference": (REFERENCE, reference_text),
+    "architectures": (TABLE, architectures_table),
+    "refused": (NONE, refused_types),
+}
+
+
+@pytest.mark.parametrize("part", GENERATED)
+def test_what_is_generated_is_what_the_code_says(part: str) -> None:
+    pattern, text = GENERATED[part]
+    found = pattern.search(README.read_text())
     assert found
-    assert found[0] == reference_text()
+    assert found[0] == text()
 
 
 def command_lines() -> list[str]:
@@ -70,4 +103,7 @@ def test_paths_in_the_readme_exist() -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(AROUND.sub(lambda _: reference_text(), README.read_text()))
+    whole = README.read_text()
+    for pattern, text in GENERATED.values():
+        whole = whole.replace(pattern.search(whole)[0], text())  # type: ignore[index]
+    README.write_text(whole)
