@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,8 +28,9 @@ class Step(NamedTuple):
 class Checkpoint:
     """A model as a mapping of lazy tensors; every change makes a new one.
 
-    `steps` records the operations that led here, `warnings` what a user should know before writing, and
-    `shard_size` the largest shard in bytes where an operation chose one.
+    `steps` records the operations that led here, `warnings` what a user should know before writing, `report` tables
+    of what an operation measured, `shard_size` the largest shard in bytes where an operation chose one, and `layout`
+    what its files are called.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -40,6 +41,8 @@ class Checkpoint:
     steps: tuple[Step, ...] = ()
     warnings: tuple[str, ...] = ()
     shard_size: int | None = None
+    layout: Layout = MODEL
+    report: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]
@@ -79,11 +82,6 @@ class Checkpoint:
     def warn(self, *texts: str) -> Checkpoint:
         """Return the checkpoint with more warnings."""
         return self.replace(warnings=(*self.warnings, *texts))
-
-    @property
-    def layout(self) -> Layout:
-        """What its files are called."""
-        return self.sources[0].layout if self.sources else MODEL
 
     @property
     def is_adapter(self) -> bool:
@@ -141,4 +139,4 @@ def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: for a directory that holds no sound safetensors checkpoint, with all that is wrong.
     """
     source, tensors, files, metadata, warnings = read_source(location)
-    return Checkpoint(tensors, source.config, files, metadata, (source,), warnings=warnings)
+    return Checkpoint(tensors, source.config, files, metadata, (source,), warnings=warnings, layout=source.layout)

@@ -24,6 +24,7 @@ from tensorsurgeon.recipe import Recipe, load_recipe, recipe_schema
 from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
 from tensorsurgeon.report.reference import reference_text
 from tensorsurgeon.report.text import findings_text, plan_text, written_text
+from tensorsurgeon.running import Running, run_under
 from tensorsurgeon.sizes import parse_part, parse_size
 from tensorsurgeon.writer import check_destination, write_plan
 
@@ -132,7 +133,8 @@ def _write(
     max_shard_size: int | None = None,
     target: Engine | None = None,
 ) -> int:
-    ckpt: Checkpoint = recipe.checkpoint()
+    with run_under(Running(memory, threads or 0, dry_run, quiet or as_json)):
+        ckpt: Checkpoint = recipe.checkpoint()
     plan = make_plan(ckpt, max_shard_size or recipe.max_shard_size, memory, threads, target or recipe.target)
     dest = Path(recipe.dest)
     check_destination(plan, dest, overwrite)
@@ -164,12 +166,13 @@ def _parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Pa
 
 def _option(parameter: Parameter) -> click.Option:
     """Return the command-line option of a parameter."""
-    name = "--" + parameter.name.replace("_", "-")
+    name = "--" + parameter.word.replace("_", "-")
     note = "" if parameter.required or parameter.default in (None, False) else f"  [default: {parameter.default}]"
     if parameter.type is bool:
         return click.Option([name, parameter.name], is_flag=True, help=parameter.help)
     kind = click.Choice(parameter.choices) if parameter.choices else None
-    metavar = None if parameter.choices else "NAME=MODEL" if parameter.repeated else parameter.name.upper()
+    forms = {"ranks": "PATTERN=RANK", "models": "NAME=MODEL"}
+    metavar = None if parameter.choices else forms.get(parameter.name, parameter.word.upper())
     return click.Option(
         [name, parameter.name],
         type=kind,

@@ -47,6 +47,37 @@ def _parse_models(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _parse_several(value: Any) -> tuple[Any, ...]:
+    """Return models given one by one, as text, mappings or Checkpoints."""
+    items = [value] if isinstance(value, str | Mapping | Checkpoint) else list(value)
+    return tuple(_parse_models({"model": item})["model"] for item in items)
+
+
+def _parse_scales(value: Any) -> tuple[float, ...]:
+    """Return numbers given one by one."""
+    try:
+        return tuple(float(item) for item in ([value] if isinstance(value, str | int | float) else value))
+    except ValueError:
+        raise UsageError(f"{value!r} is not a number or a list of numbers") from None
+
+
+def _parse_words(value: Any) -> tuple[str, ...]:
+    """Return words given as a list, or as one text with commas between them."""
+    parts = [value] if isinstance(value, str) else list(value)
+    return tuple(word.strip() for part in parts for word in str(part).split(",") if word.strip())
+
+
+def _parse_ranks(value: Any) -> dict[str, int]:
+    """Return ranks by pattern, given as a mapping or as texts such as `*.mlp.*=64`."""
+    if not isinstance(value, Mapping):
+        pairs = [value] if isinstance(value, str) else list(value)
+        value = dict(str(pair).rpartition("=")[::2] for pair in pairs)
+    for pattern, rank in value.items():
+        if not pattern or not str(rank).isdecimal() or int(rank) < 1:
+            raise UsageError(f"{pattern}={rank} is not PATTERN=RANK with a rank from 1")
+    return {str(pattern): int(rank) for pattern, rank in value.items()}
+
+
 _models = _checked_by(_parse_models, {"type": "object", "additionalProperties": {"type": ["string", "object"]}})
 _size = _checked_by(parse_size, {"anyOf": [{"type": "string"}, {"type": "integer"}]})
 
@@ -56,6 +87,22 @@ NamedLayers = Annotated[tuple[NamedLayer, ...], *_named_layers]
 """A layer sequence in which models may be named."""
 Models = Annotated[dict[str, Any], *_models]
 """Further models by name: a directory or hub id, or `{source: …, steps: […]}`; in Python also a Checkpoint."""
+Model = Annotated[
+    Any, *_checked_by(lambda value: _parse_models({"model": value})["model"], {"type": ["string", "object"]})
+]
+"""A further model: a directory or hub id, or `{source: …, steps: […]}`; in Python also a Checkpoint."""
+Ranks = Annotated[
+    dict[str, int], *_checked_by(_parse_ranks, {"type": "object", "additionalProperties": {"type": "integer"}})
+]
+"""Ranks by pattern, as a mapping or as texts such as `*.mlp.*=64`."""
+Several = Annotated[tuple[Any, ...], *_checked_by(_parse_several, {"type": ["string", "object", "array"]})]
+"""One or several further models."""
+Scales = Annotated[tuple[float, ...], *_checked_by(_parse_scales, {"type": ["number", "array"]})]
+"""One or several factors."""
+Words = Annotated[tuple[str, ...], *_checked_by(_parse_words, {"type": ["string", "array"]})]
+"""Words with commas between them, or a list of them."""
+Share = Annotated[float, Field(gt=0, le=1)]
+"""A number above 0, up to 1."""
 Size = Annotated[int, *_size]
 """A size in bytes, as a number or as text such as 5GB."""
 Count = Annotated[int, Field(ge=1)]

@@ -139,6 +139,7 @@ class Plan(NamedTuple):
             "memory": self.memory,
             "threads": self.threads,
             "warnings": list(self.checkpoint.warnings),
+            "report": dict(self.checkpoint.report),
         }
 
 
@@ -184,8 +185,9 @@ def _largest_piece(ckpt: Checkpoint, block_memory: int, memory: int) -> int:
         if tensor.span:
             largest = max(largest, min(tensor.nbytes, COPY_BYTES, block_memory))
             continue
-        least = tensor.row_memory * min(tensor.grain, tensor.rows)
-        largest = max(largest, least, min(tensor.row_memory * tensor.rows, block_memory))
+        fixed = tensor.fixed_memory
+        least = fixed + tensor.row_memory * min(tensor.grain, tensor.rows)
+        largest = max(largest, least, min(fixed + tensor.row_memory * tensor.rows, block_memory))
         if least > memory:
             problems.append(
                 f"{name}: {format_size(least)} of memory are needed to compute its rows, {tensor.grain} at a time, "

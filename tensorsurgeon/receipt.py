@@ -28,6 +28,7 @@ def make_receipt(plan: Plan, digests: Mapping[str, str]) -> dict[str, Any]:
         "sources": [{"name": source.name, "fingerprint": source.fingerprint()} for source in plan.checkpoint.sources],
         "steps": [{step.name: dict(step.parameters)} for step in plan.checkpoint.steps],
         "warnings": list(plan.checkpoint.warnings),
+        **({"report": plan.summary()["report"]} if plan.checkpoint.report else {}),
         "files": {
             name: {"bytes": sizes[name] if name in sizes else file_size(plan.files[name]), "sha256": digest}
             for name, digest in sorted(digests.items())

@@ -42,6 +42,11 @@ class Parameter(NamedTuple):
     help: str
 
     @property
+    def word(self) -> str:
+        """Its name in recipes: one that Python keeps for itself has an underscore behind it there."""
+        return self.name.rstrip("_")
+
+    @property
     def required(self) -> bool:
         """Whether there is no default."""
         return self.default is inspect.Parameter.empty
@@ -56,8 +61,8 @@ class Parameter(NamedTuple):
 
     @property
     def repeated(self) -> bool:
-        """Whether it is a mapping, given entry by entry on the command line."""
-        return get_origin(self.type) is dict
+        """Whether it has several entries, given one by one on the command line."""
+        return get_origin(self.type) is dict or self.type in (tuple[Any, ...], tuple[float, ...])
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -85,11 +90,13 @@ class Spec:
         fields: dict[str, Any] = {
             parameter.name: (
                 parameter.annotation,
-                Field(... if parameter.required else parameter.default, description=parameter.help),
+                Field(
+                    ... if parameter.required else parameter.default, alias=parameter.word, description=parameter.help
+                ),
             )
             for parameter in self.parameters
         }
-        config = ConfigDict(extra="forbid", title=self.name)
+        config = ConfigDict(extra="forbid", title=self.name, populate_by_name=True)
         return create_model(self.name, __config__=config, **fields)
 
     def check(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +124,7 @@ class Spec:
     def recorded(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Return checked parameters as they stand in a recipe: one spelling for one meaning, unset ones left out."""
         unset = {parameter.name for parameter in self.parameters if parameter.default in (None, False)}
-        return {key: _recorded(it) for key, it in parameters.items() if it or key not in unset}
+        return {key.rstrip("_"): _recorded(it) for key, it in parameters.items() if it or key not in unset}
 
 
 OPERATIONS: dict[str, Spec] = {}
@@ -189,6 +196,8 @@ def _recorded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _recorded(item) for key, item in value.items()}
     if isinstance(value, tuple):
+        if not all(isinstance(item, int | NamedLayer) for item in value):
+            return [_recorded(item) for item in value]
         named = all(isinstance(item, NamedLayer) for item in value)
         return format_named_layers(value) if named else format_layers(value)
     return value

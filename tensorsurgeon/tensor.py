@@ -32,10 +32,19 @@ RowFunction = Callable[..., Block]
 
 
 class Input(NamedTuple):
-    """An input of a computed tensor, one row of which goes with `rows` rows of the output."""
+    """An input of a computed tensor: `each` rows of it go with `rows` rows of the output, or all with any if 0."""
 
     tensor: LazyTensor
     rows: int = 1
+    each: int = 1
+
+    def read(self, first: int, last: int) -> Block:
+        """Read what goes with the output's rows from `first` up to but not including `last`."""
+        if not self.rows:
+            return self.tensor.read()
+        return self.tensor.read(
+            first // self.rows * self.each, min(-(-last // self.rows) * self.each, self.tensor.rows)
+        )
 
 
 class Rows(NamedTuple):
@@ -51,7 +60,8 @@ class LazyTensor:
     """A description of a tensor: dtype, shape, and the `span` of a file, a function of `inputs`, or stacked `parts`.
 
     `grain` is the number of rows that can only be computed together; `history` tells what was done to the
-    bytes, with every parameter that changes them, and is empty for a tensor that nobody touched.
+    bytes, with every parameter that changes them, and is empty for a tensor that nobody touched. A `placed` function
+    takes the number of the first row before the blocks.
     """
 
     dtype: str
@@ -62,6 +72,7 @@ class LazyTensor:
     parts: tuple[Rows, ...] = ()
     grain: int = 1
     history: str = ""
+    placed: bool = False
 
     @property
     def rows(self) -> int:
@@ -82,7 +93,15 @@ class LazyTensor:
     def row_memory(self) -> int:
         """Bytes of memory that computing one row takes: the row itself and, at every step, its inputs."""
         parts = max((part.tensor.row_memory for part in self.parts), default=0)
-        return self.row_bytes + parts + sum(-(-other.tensor.row_memory // other.rows) for other in self.inputs)
+        by_row = (-(-it.tensor.row_memory * it.each // it.rows) for it in self.inputs if it.rows)
+        return self.row_bytes + parts + sum(by_row)
+
+    @property
+    def fixed_memory(self) -> int:
+        """Bytes of memory that computing takes besides, however few the rows: inputs that are read as a whole."""
+        whole = sum(it.tensor.row_memory * it.tensor.rows for it in self.inputs if not it.rows)
+        below = [it.tensor for it in self.inputs] + [part.tensor for part in self.parts]
+        return whole + sum(tensor.fixed_memory for tensor in below)
 
     def spans(self) -> Iterator[Span]:
         """Yield every span that has to be read to know this tensor."""
@@ -99,7 +118,7 @@ class LazyTensor:
         if self.span:
             place = (places or {}).get(self.span.path.parent, "")
             return f"{place}/{self.span.path.name}@{self.span.offset}+{self.span.nbytes}"
-        inputs = ", ".join(f"{other.tensor.describe(places)}/{other.rows}" for other in self.inputs)
+        inputs = ", ".join(f"{other.tensor.describe(places)}/{other.rows}:{other.each}" for other in self.inputs)
         inputs += ", ".join(f"{part.tensor.describe(places)}[{part.start}:{part.stop}]" for part in self.parts)
         return f"{self.history}: {self.dtype}({inputs})"
 
@@ -111,12 +130,14 @@ class LazyTensor:
         history: str,
         grain: int = 1,
         row_shape: tuple[int, ...] | None = None,
+        whole: Sequence[LazyTensor] = (),
+        placed: bool = False,
     ) -> LazyTensor:
         """Return a tensor of as many rows whose rows depend on the same rows of this one and of `others`.
 
         An other with as many rows as this is read row for row; any other has one row for each `grain` rows of
-        this, as the scales of a block format have. Blocks given to `function` begin at a multiple of `grain`.
-        Rows keep their shape unless `row_shape` gives another.
+        this, as the scales of a block format have. Those that are needed as a `whole` come last. Blocks given to
+        `function` begin at a multiple of `grain`. Rows keep their shape unless `row_shape` gives another.
 
         Raises:
             ValueError: for an other whose rows fit neither way.
@@ -125,9 +146,20 @@ class LazyTensor:
             if other.rows not in (self.rows, -(-self.rows // grain)):
                 raise ValueError(f"{other.rows} rows do not go with {self.rows} rows in grains of {grain}.")
         inputs = tuple(Input(other, 1 if other.rows == self.rows else grain) for other in (self, *others))
-        grains = (other.tensor.grain * other.rows for other in inputs)
+        grain = lcm(grain, *(other.tensor.grain * other.rows for other in inputs))
+        inputs += tuple(Input(other, 0) for other in whole)
         shape = self.shape if row_shape is None else (self.rows, *row_shape)
-        return LazyTensor(dtype, shape, function=function, inputs=inputs, grain=lcm(grain, *grains), history=history)
+        return LazyTensor(dtype, shape, None, function, inputs, grain=grain, history=history, placed=placed)
+
+    def by_groups(
+        self, function: RowFunction, size: int, *, dtype: str, row_shape: tuple[int, ...], history: str
+    ) -> LazyTensor:
+        """Return a tensor with one row for each `size` rows of this one, the last of which may be fewer."""
+        grain = lcm(size, self.grain) // size
+        inputs = (Input(self, 1, size),)
+        return LazyTensor(
+            dtype, (-(-self.rows // size), *row_shape), None, function, inputs, grain=grain, history=history
+        )
 
     def read(self, start: int = 0, stop: int | None = None) -> Block:
         """Read or compute the rows from `start` up to but not including `stop`.
@@ -148,7 +180,8 @@ class LazyTensor:
         assert self.function
         first = start // self.grain * self.grain
         last = min(-(-stop // self.grain) * self.grain, self.rows)
-        block = self.function(*(other.read(first // rows, -(-last // rows)) for other, rows in self.inputs))
+        place = (first,) if self.placed else ()
+        block = self.function(*place, *(other.read(first, last) for other in self.inputs))
         data = memoryview(block.data)[self._bytes_of(start - first) : self._bytes_of(stop - first)]
         return Block(self.dtype, self._shape_of(stop - start), data)
 
@@ -162,6 +195,7 @@ class LazyTensor:
 
     def blocks(self, memory: int) -> Iterator[tuple[int, int]]:
         """Yield row ranges that cover the tensor, each as many whole grains as fit `memory` bytes, at least one."""
+        memory -= self.fixed_memory
         step = max(self.grain, memory // max(1, self.row_memory) // self.grain * self.grain)
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)

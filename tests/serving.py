@@ -74,11 +74,15 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to ask one checkpoint. vLLM serves block FP8 and INT4 in bfloat16, not in float32."""
+    """What to ask one checkpoint. vLLM serves block FP8 and INT4 in bfloat16, not in float32.
+
+    With `adapters`, each is asked in turn instead of the model by itself."""
 
     directory: Path
     requests: list[Request]
     dtype: str = "float32"
+    adapters: list[Path] = dataclasses.field(default_factory=list)
+    max_lora_rank: int = 64
 
 
 def installed() -> bool:
@@ -93,6 +97,16 @@ def answer(directory: Path, requests: Sequence[Request], dtype: str = "float32")
 
 def answers(jobs: Sequence[Job], timeout: float = 300) -> list[list[Answer]]:
     """Answers of several checkpoints, served one after the other by one process."""
+    return [[Answer(**fields) for fields in job] for job in _done(jobs, timeout)]
+
+
+def adapter_answers(job: Job, timeout: float = 300) -> list[list[Answer] | str]:
+    """Answers of a checkpoint with each of the job's adapters, or what vLLM said where it refused one."""
+    (done,) = _done([job], timeout)
+    return [each if isinstance(each, str) else [Answer(**fields) for fields in each] for each in done]
+
+
+def _done(jobs: Sequence[Job], timeout: float) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="serving-") as scratch:
         jobs_file, answers_file, log_file = (Path(scratch, name) for name in ("jobs", "answers", "log"))
         jobs_file.write_text(json.dumps([dataclasses.asdict(job) for job in jobs], default=str))
@@ -104,7 +118,7 @@ def answers(jobs: Sequence[Job], timeout: float = 300) -> list[list[Answer]]:
         if len(done) < len(jobs):
             cause = _explain(status, RANK.sub("", log_file.read_text(errors="replace")), timeout)
             raise ServingError(f"{jobs[len(done)].directory}: {cause}")
-    return [[Answer(**fields) for fields in job] for job in done]
+    return done
 
 
 def _run(command: list[str], python_path: str, log_file: Path, timeout: float) -> int | None:
@@ -145,14 +159,30 @@ def _serve(jobs_file: Path, answers_file: Path) -> None:
     with answers_file.open("w") as sink:
         for job in json.loads(jobs_file.read_text()):
             engine = _engine(vllm, **job)
-            done = [_ask(vllm, engine, **request) for request in job["requests"]]
-            print(json.dumps([dataclasses.asdict(each) for each in done]), file=sink, flush=True)
+            done: list[Any] = [_ask_adapter(vllm, engine, path, job["requests"]) for path in job["adapters"]]
+            done = done or [dataclasses.asdict(_ask(vllm, engine, **request)) for request in job["requests"]]
+            print(json.dumps(done), file=sink, flush=True)
             del engine
             gc.collect()
             distributed.cleanup_dist_env_and_memory()
 
 
-def _engine(vllm: Any, directory: str, requests: list[dict[str, Any]], dtype: str) -> Any:
+def _ask_adapter(vllm: Any, engine: Any, path: str, requests: list[dict[str, Any]]) -> Any:
+    """Load an adapter first, as one that fails while a request is under way leaves the engine stuck."""
+    lora: Any = importlib.import_module("vllm.lora.request")
+    adapter = lora.LoRARequest(Path(path).name, abs(hash(path)) % 10**6 + 1, path)
+    try:
+        engine.llm_engine.add_lora(adapter)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+    done = [dataclasses.asdict(_ask(vllm, engine, **request, adapter=adapter)) for request in requests]
+    engine.llm_engine.remove_lora(adapter.lora_int_id)
+    return done
+
+
+def _engine(
+    vllm: Any, directory: str, requests: list[dict[str, Any]], dtype: str, adapters: list[str], max_lora_rank: int
+) -> Any:
     """Set for answers that repeat bit for bit: one request at a time, nothing compiled, nothing cached."""
     return vllm.LLM(
         directory,
@@ -165,17 +195,18 @@ def _engine(vllm: Any, directory: str, requests: list[dict[str, Any]], dtype: st
         skip_tokenizer_init=True,  # requests are token ids
         max_model_len=max(len(request["prompt_token_ids"]) + request["max_tokens"] for request in requests),
         model_loader_extra_config={"enable_weights_track": True},  # refuses some missing FP8 scales by name
+        **({"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank} if adapters else {}),
     )
 
 
-def _ask(vllm: Any, engine: Any, prompt_token_ids: list[int], max_tokens: int) -> Answer:
+def _ask(vllm: Any, engine: Any, prompt_token_ids: list[int], max_tokens: int, adapter: Any = None) -> Answer:
     sampling = vllm.SamplingParams(
         temperature=0, max_tokens=max_tokens, ignore_eos=True, prompt_logprobs=0, detokenize=False
     )
-    (output,) = engine.generate({"prompt_token_ids": prompt_token_ids}, sampling, use_tqdm=False)
+    (output,) = engine.generate({"prompt_token_ids": prompt_token_ids}, sampling, use_tqdm=False, lora_request=adapter)
     scored = zip(prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
     logprobs = [candidates[token].logprob for token, candidates in scored]
-    if not all(map(math.isfinite, logprobs)):  # NaN would slip through the comparisons of a test
+    if not adapter and not all(map(math.isfinite, logprobs)):  # NaN would slip through the comparisons of a test
         raise FloatingPointError(f"log probabilities of the prompt are not finite: {logprobs[:3]} …")
     return Answer(list(output.outputs[0].token_ids), logprobs)
 

@@ -82,7 +82,7 @@ def test_help_lists_every_parameter_and_ends_with_the_exit_statuses(run: Run, co
     assert shown.endswith(EXIT_STATUS)
     spec = {**EXAMS, **OPERATIONS}.get(command)
     for parameter in spec.parameters if spec else ():
-        assert f"--{parameter.name.replace('_', '-')}" in shown
+        assert f"--{parameter.word.replace('_', '-')}" in shown
         assert words(parameter.help) in shown
     if command in (*OPERATIONS, "run"):
         for option in ("--dry-run", "--json", "--memory", "--threads", "--max-shard-size", "--shards", "--overwrite"):
@@ -268,14 +268,17 @@ def test_json_is_all_that_is_printed(
 def test_the_dry_run_of_every_operation_prints_json_and_writes_nothing(
     run: Run, plain: Path, fp8: Path, tmp_path: Path, name: str
 ) -> None:
+    ts.write(ts.ops.extract_lora(ts.open(plain), base=str(fp8), rank=4), adapter := tmp_path / "adapter")
     given = {
         "cast": ["--dtype", "float16"],
         "keep-layers": ["--first", "2"],
         "stitch": ["--layers", "base:0-1,other:1", "--models", f"other={plain}"],
+        "extract-lora": ["--base", fp8, "--rank", "4"],
+        "merge-lora": ["--adapter", adapter],
     }
     needs_layers = any(each.name == "layers" and each.required for each in OPERATIONS[name].parameters)
     options = given.get(name, ["--layers", "1"] if needs_layers else [])
-    source = fp8 if name == "dequantize" else plain
+    source = {"dequantize": fp8, "sanitize-lora": adapter}.get(name, plain)
     before = listing(tmp_path), listing(source.parent)
     said = run(name, source, tmp_path / "dest", *options, "--dry-run", "--json")
     assert (said.status, said.err) == (0, "")

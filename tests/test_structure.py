@@ -31,9 +31,11 @@ ORDER = (
     ("fields",),
     ("rules",),
     ("families", "known_fields"),
+    ("running",),
     ("kernels",),
     ("source", "roles"),
     ("checkpoint",),
+    ("lora",),
     ("quantized",),
     ("renaming",),
     ("module_lists",),
@@ -58,7 +60,7 @@ LEAVES = {"_version": set(), "errors": set(), "progress": set(), "sizes": {"erro
 LIGHT = (
     "_version", "errors", "sizes", "progress", "format", "document", "tensor", "notation", "nearest", "names",
     "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming",
-    "module_lists", "arrangement", "sequence",
+    "module_lists", "arrangement", "sequence", "lora", "running",
     "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
     "durable", "writer", "quantized", "ops", "mergekit", "recipe", "cli", "report", "__init__", "__main__",
     "exams/__init__", "exams/overview", "exams/integrity",
@@ -160,7 +162,8 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
         if unit(module) != "kernels"
     }
     assert {module for module, used in users.items() if used} == {
-        "ops/arranging", "ops/dtypes", "quantized/fp8_block", "exams/integrity",
+        "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/sanitizing",
+        "ops/servable", "quantized/fp8_block", "exams/integrity",
     }  # fmt: skip
 
 
@@ -201,8 +204,8 @@ def test_the_exported_names() -> None:
         "Checkpoint", "__version__", "exams", "load_recipe", "make_recipe", "open", "ops", "write",
     ]  # fmt: skip
     assert ts.ops.__all__ == [
-        "cast", "dequantize", "drop_layers", "keep_layers", "repeat_layers", "reshard", "reverse_layers",
-        "select_layers", "stitch",
+        "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "repeat_layers", "reshard",
+        "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
     assert ts.exams.__all__ == ["inspect", "verify"]
     for module in (ts, ts.ops, ts.exams):

@@ -27,12 +27,13 @@ def cast(ckpt: Checkpoint, dtype: FloatName, tensors: Glob = "*") -> Checkpoint:
     names = ckpt.names(tensors)
     require_plain(ckpt, names, "cast")
     target = DTYPES[dtype]
-    changed = ckpt.map(lambda tensor: _cast(tensor, target), tensors)
+    changed = ckpt.map(lambda tensor: cast_tensor(tensor, target), tensors)
     whole = len(names) == len(ckpt)
     return changed.replace(config=with_dtype(ckpt.config.value, dtype)) if whole else changed
 
 
-def _cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
+def cast_tensor(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    """Return a tensor rounded to another dtype; one of that dtype, or of integers, as it is."""
     if tensor.dtype not in PLAIN or tensor.dtype == dtype:
         return tensor
 

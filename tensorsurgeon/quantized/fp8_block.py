@@ -96,3 +96,26 @@ def decode(weight: LazyTensor, scale: LazyTensor, block: BlockSize, dtype: str) 
 
     history = f"decode block FP8 {block[0]}x{block[1]} to {dtype}"
     return weight.rowwise(decode_rows, scale, dtype=dtype, history=history, grain=block[0])
+
+
+def encode(weight: LazyTensor, block: BlockSize | None, scale_dtype: str) -> tuple[LazyTensor, LazyTensor]:
+    """Return codes and scales of a weight in F32: `s = absmax / 448` of each block, 1 for one of zeros; `q = W / s`."""
+    assert block
+    rows, columns = block
+
+    def codes(numbers: Block) -> Block:
+        from tensorsurgeon.kernels.fp8_encoding import encode_blocks
+
+        return encode_blocks(numbers, block, scale_dtype)[0]
+
+    def scales(numbers: Block) -> Block:
+        from tensorsurgeon.kernels.fp8_encoding import encode_blocks
+
+        return encode_blocks(numbers, block, scale_dtype)[1]
+
+    history = f"encode as block FP8 {rows}x{columns}, scales {scale_dtype}"
+    shape = (-(-weight.shape[1] // columns),)
+    return (
+        weight.rowwise(codes, dtype="F8_E4M3", history=history, grain=rows),
+        weight.by_groups(scales, rows, dtype=scale_dtype, row_shape=shape, history=history),
+    )

@@ -34,6 +34,9 @@ def plan_text(plan: Plan, dest: Path) -> str:
     }
     lines = [as_list(facts), "", as_table(summary["shards"][:ROWS_SHOWN])]
     lines += [f"and {len(summary['shards']) - ROWS_SHOWN} more shards"] if len(summary["shards"]) > ROWS_SHOWN else []
+    for title, rows in summary["report"].items():
+        lines += ["", f"{title}:", as_table(rows[:ROWS_SHOWN])]
+        lines += [f"and {len(rows) - ROWS_SHOWN} more"] if len(rows) > ROWS_SHOWN else []
     lines += [f"warning: {warning}" for warning in summary["warnings"]]
     return "\n".join(lines)
 

@@ -1,0 +1,210 @@
+"""Leading singular vectors of a matrix that is read in tiles of rows.
+
+Block Krylov iteration with Rayleigh-Ritz: from a random block the space spanned by X'Y, (X'X)X'Y, ... grows until the
+squared singular values found in it are those of X to the wanted precision (Musco and Musco, "Randomized Block Krylov
+Methods for Stronger and Faster Approximate Singular Value Decomposition", NeurIPS 2015). Flat spectra, on which a
+fixed number of power iterations is one or two per cent off, only take more steps. Where the space would become nearly
+the whole one, the eigenvectors of the Gram matrix in float64 are exact and cost less.
+
+Sums run over the same tiles whatever the memory, on one thread: the factors have the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+TILE = 2**22
+"""Elements of a tile of rows."""
+EXCESS = 2.5e-4
+"""How much larger the error may be than the least possible, relatively, as far as the iteration can foresee."""
+SMALL = 384
+"""Matrices whose shorter side is no longer than this are decomposed exactly at once."""
+NOISE = 1e-11
+"""Share of all squares that is taken for rounding."""
+
+Tensor = torch.Tensor
+Enough = Callable[[Tensor, float], int | None]
+"""Takes squared singular values found so far, in descending order, and the sum of all; gives the rank, or None."""
+
+
+class Matrix(NamedTuple):
+    """A matrix of float32 as tiles of rows, which may be read anew each time, and the sum of its squares."""
+
+    shape: tuple[int, int]
+    tiles: Callable[[], Iterable[Tensor]]
+    total: float
+
+    def times(self, other: Tensor) -> Tensor:
+        """Return X other."""
+        return torch.cat([tile @ other for tile in self.tiles()])
+
+    def transposed_times(self, other: Tensor) -> Tensor:
+        """Return X' other."""
+        made = torch.zeros(self.shape[1], other.shape[1], device=other.device)
+        begin = 0
+        for tile in self.tiles():
+            made += tile.T @ other[begin : begin + len(tile)]
+            begin += len(tile)
+        return made
+
+
+class Factors(NamedTuple):
+    """X is about `left @ right.T`: one has orthonormal columns, the other those times the singular values.
+
+    `squares` are the squared singular values; `slack` is the most by which a better choice of as many vectors could
+    raise their sum, provided that no direction was missed altogether.
+    """
+
+    left: Tensor
+    right: Tensor
+    squares: Tensor
+    slack: float
+
+
+def tile_rows(columns: int) -> int:
+    """Return the number of rows of a tile: whole blocks of block FP8, where there is room for one."""
+    rows = max(1, TILE // max(1, columns))
+    return rows // 128 * 128 or rows
+
+
+def is_exact(shape: tuple[int, int], hint: int) -> bool:
+    """Tell whether a matrix is decomposed exactly at once; `hint` is the rank that is expected, or a guess at it."""
+    return min(shape) <= SMALL or 4 * hint >= min(shape)
+
+
+def balanced(factors: Factors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return B (rows, rank) and A (rank, columns) with B A = left right', the singular values shared evenly.
+
+    Columns beyond those that were found are zero.
+    """
+    norms = factors.squares.clamp(min=0).sqrt()
+    kept = norms > norms[:1] * NOISE**0.5
+    roots = torch.where(kept, norms, torch.ones_like(norms)).sqrt().float()
+    # One of the two holds the singular values already.
+    long_left = len(factors.left) >= len(factors.right)
+    left = (factors.left / roots if long_left else factors.left * roots)[:, kept]
+    right = (factors.right * roots if long_left else factors.right / roots)[:, kept]
+    missing = rank - left.shape[1]
+    pad = torch.nn.functional.pad
+    return pad(left, (0, missing)).to(dtype), pad(right, (0, missing)).T.contiguous().to(dtype)
+
+
+def squared_error(matrix: Matrix, left: Tensor, right: Tensor) -> float:
+    """Return the sum of squares of X - left @ right, of the factors as they are stored."""
+    begin, found = 0, 0.0
+    left, right = left.float(), right.float()
+    for tile in matrix.tiles():
+        found += sum_of_squares(tile - left[begin : begin + len(tile)] @ right)
+        begin += len(tile)
+    return found
+
+
+def sum_of_squares(tile: Tensor) -> float:
+    """Return the sum of squares in float64."""
+    return float(tile.double().square_().sum())
+
+
+def exact_factors(matrix: Matrix, enough: Enough) -> Factors:
+    """Return factors of the rank that is enough, by the Gram matrix of the shorter side, in float64."""
+    rows, columns = matrix.shape
+    wide = rows < columns
+    if wide:
+        whole = torch.cat(list(matrix.tiles()))
+        gram = whole.double() @ whole.double().T
+    else:
+        gram = torch.zeros(columns, columns, dtype=torch.float64)
+        for tile in matrix.tiles():
+            exact = tile.double()
+            gram = gram.to(exact.device).addmm_(exact.T, exact)
+    values, vectors = torch.linalg.eigh(gram)
+    squares = values.flip(0).clamp(min=0)
+    rank = enough(squares, matrix.total) or len(squares)
+    basis = vectors.flip(1)[:, :rank].float()
+    if wide:
+        return Factors(basis, matrix.transposed_times(basis), squares[:rank], 0.0)
+    return Factors(matrix.times(basis), basis, squares[:rank], 0.0)
+
+
+def krylov_factors(matrix: Matrix, enough: Enough, hint: int, seed: int, device: str = "cpu") -> Factors | None:
+    """Return factors of the rank that is enough, or None where a Krylov space of a third of the dimensions is not."""
+    rows, columns = matrix.shape
+    wide = rows < columns
+    forth, back = (matrix.transposed_times, matrix.times) if wide else (matrix.times, matrix.transposed_times)
+    width = min(max(16, -(-hint // 32) * 16), 128)
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_block() -> Tensor:
+        return back(torch.randn(max(rows, columns), width, generator=generator).to(device))
+
+    following = torch.linalg.qr(random_block())[0]
+    basis, images = following[:, :0], following.new_zeros(columns if wide else rows, 0)
+    gram = torch.zeros(0, 0, dtype=torch.float64, device=device)
+    sums: list[float] = []
+    confirmed = 0.0
+    # The newest columns, of which the space does not yet hold what X'X makes of them.
+    fresh = 0
+    while basis.shape[1] + following.shape[1] <= min(rows, columns) // 3:
+        image = forth(following)
+        side = _gram(images, image)
+        gram = torch.cat([torch.cat([gram, side], 1), torch.cat([side.T, _gram(image, image)], 1)])
+        basis, images = torch.cat([basis, following], 1), torch.cat([images, image], 1)
+        fresh += following.shape[1]
+        following, coupling = torch.linalg.qr(_without(basis, back(images[:, -fresh:])))
+        # What was nearly nothing has been made as long as the rest, and its rounding with it.
+        following = torch.linalg.qr(_without(basis, following))[0]
+        values, vectors = torch.linalg.eigh(gram)
+        squares, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        exhausted = matrix.total - float(squares.sum()) <= NOISE * matrix.total
+        rank = enough(squares, matrix.total) or (len(squares) if exhausted else None)
+        if rank:
+            sums.append(float(squares[:rank].sum()))
+            slack = float(torch.linalg.matrix_norm(coupling.double() @ vectors[-fresh:, :rank], "nuc"))
+            if exhausted or _converged(sums, slack, matrix.total):
+                if exhausted or sums[-1] - confirmed <= _allowed(sums[-1], matrix.total) / 4:
+                    chosen = vectors[:, :rank].float()
+                    near, far = basis @ chosen, images @ chosen
+                    left, right = (near, far) if wide else (far, near)
+                    return Factors(left, right, squares[:rank], 0.0 if exhausted else slack)
+                # A space that X'X maps into itself may lack directions all the same, where singular values are
+                # equal: it must not gain by another random block either.
+                confirmed, sums = sums[-1], []
+                following = torch.linalg.qr(_without(basis, random_block()))[0]
+                continue
+        fresh = 0
+    return None
+
+
+def _without(basis: Tensor, block: Tensor) -> Tensor:
+    """Return what of a block is orthogonal to the basis; twice, as once leaves rounding."""
+    for _ in range(2):
+        block = block - basis @ (basis.T @ block)
+    return block
+
+
+def _converged(sums: list[float], slack: float, total: float) -> bool:
+    """Tell whether the sum of squares can grow by no more than what the wanted precision of the error allows.
+
+    Either the residual says so, or the gains, which shrink at least geometrically, add up to too little.
+    """
+    allowed = _allowed(sums[-1], total)
+    if slack <= allowed:
+        return True
+    if len(sums) < 3:
+        return False
+    gain, before = sums[-1] - sums[-2], max(sums[-2] - sums[-3], 1e-300)
+    ratio = min(max(gain / before, 0.0), 0.95)
+    return gain * ratio / (1 - ratio) <= allowed / 4
+
+
+def _allowed(found: float, total: float) -> float:
+    """Return by how much the sum of squares may be too small for the wanted precision of the error."""
+    return 2 * EXCESS * max(total - found, 0.0) + 1e-9 * total
+
+
+def _gram(one: Tensor, other: Tensor) -> Any:
+    """Return one' other, summed in float64."""
+    begins = range(0, len(one), 8192)
+    return sum(one[begin : begin + 8192].double().T @ other[begin : begin + 8192].double() for begin in begins)

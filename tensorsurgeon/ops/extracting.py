@@ -1,0 +1,104 @@
+"""Compute what lies between two models: sums of squares of all tensors, and factors of some, several at a time."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.errors import RefusedError, raise_all
+from tensorsurgeon.progress import progress_bar
+from tensorsurgeon.roles import Role
+from tensorsurgeon.running import Budget, running
+from tensorsurgeon.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from tensorsurgeon.kernels.deltas import Delta, Pair, Sums
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Module(NamedTuple):
+    """A module that gets a pair of factors: its weight in both models, and how much of their difference is wanted."""
+
+    name: str
+    role: Role
+    tuned: LazyTensor
+    base: LazyTensor
+    kind: Any
+    value: float
+
+    @property
+    def path(self) -> str:
+        """Name of the module."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def embedding(self) -> bool:
+        """Whether it is a table of rows rather than a Linear."""
+        return self.role.group == "embedding"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight lies the other way round than the product B A."""
+        return self.embedding or self.role.layout == "in,out"
+
+    def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the shapes of A and B."""
+        rows, columns = self.base.shape
+        out, width = (columns, rows) if self.transposed else (rows, columns)
+        return (rank, width), (out, rank)
+
+
+def extracted(
+    tuned: Checkpoint, base: Checkpoint, modules: Sequence[Module], steps: Sequence[int], dtype: str, device: str
+) -> tuple[dict[str, Sums], dict[str, Pair]]:
+    """Return the sums of squares of every tensor that both models have, and the factors of modules that differ.
+
+    Raises:
+        RefusedError: for NaN or infinity, and for models that do not differ.
+    """
+    from tensorsurgeon.kernels.deltas import Goal, factorize, measure, one_thread_each
+
+    budget = Budget(running().memory)
+    deltas = dict(_deltas(tuned, base, modules))
+    again = sum(deltas[module.name].nbytes for module in modules)
+    total = sum(delta.nbytes for delta in deltas.values()) + again
+    with (
+        one_thread_each(),
+        progress_bar(total, "extract-lora", running().quiet) as advance,
+        ThreadPoolExecutor(running().workers) as pool,
+    ):
+        found = dict(zip(deltas, pool.map(lambda delta: measure(delta, advance), deltas.values()), strict=True))
+        raise_all(
+            RefusedError,
+            (f"{name}: holds NaN or infinity in the {it.broken} model." for name, it in found.items() if it.broken),
+        )
+        changed = [module for module in modules if found[module.name].delta]
+        if not changed:
+            raise RefusedError("extract-lora: the models are the same in every matrix; there is nothing to extract.")
+
+        def pair(module: Module) -> Pair:
+            goal, seed = Goal(module.kind, module.value), zlib.crc32(module.name.encode())
+            delta = deltas[module.name]
+            made = factorize(delta, found[module.name], goal, tuple(steps), dtype, seed, budget, device)
+            advance(delta.nbytes)
+            return made
+
+        return found, dict(zip((it.name for it in changed), pool.map(pair, changed), strict=True))
+
+
+def _deltas(tuned: Checkpoint, base: Checkpoint, modules: Sequence[Module]) -> Iterator[tuple[str, Delta]]:
+    """Yield what is compared: tensors of numbers in both models, of one shape, or cut to the rows that both have."""
+    from tensorsurgeon.kernels.deltas import Delta
+
+    chosen = {module.name: (module.base, module.tuned) for module in modules}
+    pairs = {name: (it, tuned.tensors.get(name)) for name, it in base.tensors.items()}
+    for name, (original, other) in (pairs | chosen).items():
+        if other is None or other.dtype not in FLOATS or original.dtype not in FLOATS or not original.nbytes:
+            continue
+        if other.shape == original.shape or (name in chosen and other.shape[1:] == original.shape[1:]):
+            rows = min(other.rows, original.rows)
+            yield name, Delta(other, original, rows, original.rows - rows)
