@@ -45,7 +45,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_experiment_has_a_recipe() -> None:
-    """One for each of deletion, skipping, doubling, reversal, repetition, subset and stitching."""
+    """One for each of deletion, skipping, doubling, reversal, repetition, subset, stitching and extraction."""
     names = {path.stem for path in RECIPES}
     assert names >= {
         "delete-first-8", "delete-last-8", "delete-middle-8", "delete-a-window", "delete-one",
@@ -53,7 +53,7 @@ def test_every_experiment_has_a_recipe() -> None:
         "keep-first-half", "keep-second-half", "double-one", "double-a-block", "double-all",
         "reverse-a-block", "reverse-first-half", "reverse-second-half", "reverse-all",
         "repeat-one-3", "repeat-one-5", "repeat-one-10", "keep-a-subset",
-        "stitch-base-and-instruct", "mergekit-self-stack",
+        "stitch-base-and-instruct", "mergekit-self-stack", "method-a", "method-b",
     }  # fmt: skip
 
 

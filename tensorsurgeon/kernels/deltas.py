@@ -18,6 +18,7 @@ from tensorsurgeon.kernels.lowrank import (
     exact_factors,
     is_exact,
     krylov_factors,
+    quick_squares,
     squared_error,
     sum_of_squares,
     tile_rows,
@@ -111,59 +112,91 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(delta: Delta, advance: Advance) -> Sums:
-    """Return the sums of squares, in float64."""
+class Found(NamedTuple):
+    """What was found of a delta: its sums, and factors where they were asked for and it is not zero."""
+
+    sums: Sums
+    pair: Pair | None = None
+
+
+class Wish(NamedTuple):
+    """How the factors of a delta are to be: how much they capture, which ranks they have, and where they are computed.
+
+    The rank is raised to the next of `steps`, if there are any.
+    """
+
+    goal: Goal
+    steps: tuple[int, ...]
+    dtype: str
+    seed: int
+    device: str
+
+
+def explore(delta: Delta, wish: Wish | None, budget: Budget, advance: Advance) -> Found:
+    """Return the sums of a delta and, where there is a wish, its factors; what fits the memory is read once."""
+    if wish is None:
+        with budget.reserve(4 * _tile_bytes(delta)):
+            return Found(_sums(delta, None, advance))
+    hint = int(wish.goal.value) if wish.goal.kind == "rank" else GUESS
+    rows, columns = delta.shape
+    whole, tile = 4 * rows * columns, 4 * _tile_bytes(delta)
+    space = 12 * (rows + columns) * min(min(rows, columns) // 3, 16 * hint)
+    decomposition = 32 * min(rows, columns) ** 2
+    at_once = is_exact(delta.shape, hint)
+    # What does not fit is read again for each product.
+    held = 2 * whole + tile <= budget.limit
+    with budget.reserve(tile + (whole if held else 0) + (decomposition if at_once else space)):
+        kept: list[Tensor] | None = [] if held else None
+        sums = _sums(delta, kept, advance)
+        if sums.broken or not sums.delta:
+            return Found(sums)
+        matrix = _matrix(delta, sums, kept, wish.device)
+        factors = None if at_once else krylov_factors(matrix, wish.goal.enough, hint, wish.seed, wish.device)
+        if factors or at_once:
+            factors = factors or exact_factors(matrix, wish.goal.enough)
+            return Found(sums, _stored(matrix, factors, wish.steps, wish.dtype))
+    del matrix, kept
+    with budget.reserve(tile + (whole if held else 0) + decomposition):
+        kept = list(_tiles(delta)) if held else None
+        matrix = _matrix(delta, sums, kept, wish.device)
+        return Found(sums, _stored(matrix, exact_factors(matrix, wish.goal.enough), wish.steps, wish.dtype))
+
+
+def _tile_bytes(delta: Delta) -> int:
+    return 4 * tile_rows(delta.shape[1]) * delta.shape[1]
+
+
+def _sums(delta: Delta, kept: list[Tensor] | None, advance: Advance) -> Sums:
+    """Return the sums of squares, and keep the tiles where there is a list for them."""
     total = base = 0.0
     broken = ""
     for tuned, original in _tile_pairs(delta):
-        found = sum_of_squares(tuned - original)
+        base += quick_squares(original)
+        difference = tuned - original
+        found = sum_of_squares(difference)
+        total += found
         if not np.isfinite(found):
             broken = "tuned" if not bool(torch.isfinite(tuned).all()) else "base"
-        total += found
-        base += sum_of_squares(original)
-        advance((tuned.nbytes + original.nbytes) // 2)
+        if kept is not None:
+            kept.append(difference)
+        advance(len(tuned) * (delta.tuned.row_bytes + delta.base.row_bytes))
+    if kept is not None and delta.padded:
+        kept.append(torch.zeros(delta.padded, delta.shape[1]))
     return Sums(total, base, broken)
 
 
-def factorize(
-    delta: Delta, sums: Sums, goal: Goal, rank_step: tuple[int, ...], dtype: str, seed: int, budget: Budget, device: str
-) -> Pair:
-    """Return factors of a delta that reach the goal; the rank is raised to the next of `rank_step`, if any is given."""
-    rows, columns = delta.shape
-    hint = int(goal.value) if goal.kind == "rank" else GUESS
-    tile = 4 * tile_rows(columns) * columns
-    side = min(delta.shape)
-    whole = 4 * rows * columns
-    space = 12 * (rows + columns) * min(side // 3, 16 * hint)
-    decomposition = 32 * side**2
-    # What does not fit is read again for each product.
-    held = 2 * whole + 4 * tile <= budget.limit
-
-    def needed(work: int) -> int:
-        return 4 * tile + work + (whole if held else 0)
-
-    if not is_exact(delta.shape, hint):
-        with budget.reserve(needed(space)):
-            matrix = _matrix(delta, sums, held, device)
-            factors = krylov_factors(matrix, goal.enough, hint, seed, device)
-            if factors:
-                return _stored(matrix, factors, rank_step, dtype)
-    with budget.reserve(needed(decomposition)):
-        matrix = _matrix(delta, sums, held, device)
-        return _stored(matrix, exact_factors(matrix, goal.enough), rank_step, dtype)
+def _tiles(delta: Delta) -> Iterator[Tensor]:
+    for tuned, original in _tile_pairs(delta):
+        yield tuned - original
+    if delta.padded:
+        yield torch.zeros(delta.padded, delta.shape[1])
 
 
-def _matrix(delta: Delta, sums: Sums, held: bool, device: str) -> Matrix:
-    def tiles() -> Iterator[Tensor]:
-        for tuned, base in _tile_pairs(delta):
-            yield tuned.sub_(base).to(device)
-        if delta.padded:
-            yield torch.zeros(delta.padded, delta.shape[1], device=device)
-
-    if not held:
-        return Matrix(delta.shape, tiles, sums.delta)
-    kept = list(tiles())
-    return Matrix(delta.shape, lambda: kept, sums.delta)
+def _matrix(delta: Delta, sums: Sums, kept: list[Tensor] | None, device: str) -> Matrix:
+    if kept is None:
+        return Matrix(delta.shape, lambda: (tile.to(device) for tile in _tiles(delta)), sums.delta)
+    tiles = [tile.to(device) for tile in kept]
+    return Matrix(delta.shape, lambda: tiles, sums.delta)
 
 
 def _stored(matrix: Matrix, factors: Factors, rank_step: tuple[int, ...], dtype: str) -> Pair:
@@ -184,7 +217,9 @@ def _tile_pairs(delta: Delta) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _numbers(block: Block, columns: int) -> Tensor:
-    return torch.from_numpy(as_float32(block)).reshape(-1, columns)
+    if block.dtype not in CODES:
+        return torch.from_numpy(as_float32(block)).reshape(-1, columns)
+    return torch.frombuffer(block.data, dtype=CODES[block.dtype]).float().reshape(-1, columns)
 
 
 def as_block(tensor: Tensor, dtype: str) -> Block:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-TILE = 2**22
-"""Elements of a tile of rows."""
+TILE = 2**20
+"""Elements of a tile of rows: few enough to stay in the cache while they are used twice."""
 EXCESS = 2.5e-4
 """How much larger the error may be than the least possible, relatively, as far as the iteration can foresee."""
 SMALL = 384
@@ -50,16 +50,26 @@ class Matrix(NamedTuple):
             begin += len(tile)
         return made
 
+    def image(self, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Return X other and X'X other, in one pass."""
+        images = []
+        mapped = torch.zeros_like(other)
+        for tile in self.tiles():
+            images.append(tile @ other)
+            mapped += tile.T @ images[-1]
+        return torch.cat(images), mapped
+
 
 class Factors(NamedTuple):
     """X is about `left @ right.T`: one has orthonormal columns, the other those times the singular values.
 
-    `squares` are the squared singular values; `slack` is the most by which a better choice of as many vectors could
-    raise their sum, provided that no direction was missed altogether.
+    `weighted` tells whether that is the left. `squares` are the squared singular values; `slack` is the most by which
+    a better choice of as many vectors could raise their sum, provided that no direction was missed altogether.
     """
 
     left: Tensor
     right: Tensor
+    weighted: bool
     squares: Tensor
     slack: float
 
@@ -83,10 +93,8 @@ def balanced(factors: Factors, rank: int, dtype: torch.dtype) -> tuple[Tensor, T
     norms = factors.squares.clamp(min=0).sqrt()
     kept = norms > norms[:1] * NOISE**0.5
     roots = torch.where(kept, norms, torch.ones_like(norms)).sqrt().float()
-    # One of the two holds the singular values already.
-    long_left = len(factors.left) >= len(factors.right)
-    left = (factors.left / roots if long_left else factors.left * roots)[:, kept]
-    right = (factors.right * roots if long_left else factors.right / roots)[:, kept]
+    left = (factors.left / roots if factors.weighted else factors.left * roots)[:, kept]
+    right = (factors.right * roots if factors.weighted else factors.right / roots)[:, kept]
     missing = rank - left.shape[1]
     pad = torch.nn.functional.pad
     return pad(left, (0, missing)).to(dtype), pad(right, (0, missing)).T.contiguous().to(dtype)
@@ -97,14 +105,20 @@ def squared_error(matrix: Matrix, left: Tensor, right: Tensor) -> float:
     begin, found = 0, 0.0
     left, right = left.float(), right.float()
     for tile in matrix.tiles():
-        found += sum_of_squares(tile - left[begin : begin + len(tile)] @ right)
+        found += quick_squares(tile - left[begin : begin + len(tile)] @ right)
         begin += len(tile)
     return found
 
 
 def sum_of_squares(tile: Tensor) -> float:
-    """Return the sum of squares in float64."""
-    return float(tile.double().square_().sum())
+    """Return the sum of squares, summed in float64."""
+    return float(torch.linalg.vector_norm(tile, dtype=torch.float64)) ** 2
+
+
+def quick_squares(tile: Tensor) -> float:
+    """Return the sum of squares, summed in float32 by the tile: to six digits or so."""
+    flat = tile.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 def exact_factors(matrix: Matrix, enough: Enough) -> Factors:
@@ -124,35 +138,33 @@ def exact_factors(matrix: Matrix, enough: Enough) -> Factors:
     rank = enough(squares, matrix.total) or len(squares)
     basis = vectors.flip(1)[:, :rank].float()
     if wide:
-        return Factors(basis, matrix.transposed_times(basis), squares[:rank], 0.0)
-    return Factors(matrix.times(basis), basis, squares[:rank], 0.0)
+        return Factors(basis, matrix.transposed_times(basis), False, squares[:rank], 0.0)
+    return Factors(matrix.times(basis), basis, True, squares[:rank], 0.0)
 
 
 def krylov_factors(matrix: Matrix, enough: Enough, hint: int, seed: int, device: str = "cpu") -> Factors | None:
     """Return factors of the rank that is enough, or None where a Krylov space of a third of the dimensions is not."""
     rows, columns = matrix.shape
-    wide = rows < columns
-    forth, back = (matrix.transposed_times, matrix.times) if wide else (matrix.times, matrix.transposed_times)
-    width = min(max(16, -(-hint // 32) * 16), 128)
+    width = min(-(-hint // 32) * 32, 128)
     generator = torch.Generator().manual_seed(seed)
 
     def random_block() -> Tensor:
-        return back(torch.randn(max(rows, columns), width, generator=generator).to(device))
+        return matrix.image(torch.randn(columns, width, generator=generator).to(device))[1]
 
     following = torch.linalg.qr(random_block())[0]
-    basis, images = following[:, :0], following.new_zeros(columns if wide else rows, 0)
+    basis, images = following[:, :0], following.new_zeros(rows, 0)
+    # What X'X makes of the newest columns, which the space does not hold yet.
+    pending = basis
     gram = torch.zeros(0, 0, dtype=torch.float64, device=device)
     sums: list[float] = []
     confirmed = 0.0
-    # The newest columns, of which the space does not yet hold what X'X makes of them.
-    fresh = 0
     while basis.shape[1] + following.shape[1] <= min(rows, columns) // 3:
-        image = forth(following)
+        image, mapped = matrix.image(following)
         side = _gram(images, image)
         gram = torch.cat([torch.cat([gram, side], 1), torch.cat([side.T, _gram(image, image)], 1)])
         basis, images = torch.cat([basis, following], 1), torch.cat([images, image], 1)
-        fresh += following.shape[1]
-        following, coupling = torch.linalg.qr(_without(basis, back(images[:, -fresh:])))
+        pending = torch.cat([pending, mapped], 1)
+        following, coupling = torch.linalg.qr(_without(basis, pending))
         # What was nearly nothing has been made as long as the rest, and its rounding with it.
         following = torch.linalg.qr(_without(basis, following))[0]
         values, vectors = torch.linalg.eigh(gram)
@@ -161,19 +173,20 @@ def krylov_factors(matrix: Matrix, enough: Enough, hint: int, seed: int, device:
         rank = enough(squares, matrix.total) or (len(squares) if exhausted else None)
         if rank:
             sums.append(float(squares[:rank].sum()))
-            slack = float(torch.linalg.matrix_norm(coupling.double() @ vectors[-fresh:, :rank], "nuc"))
-            if exhausted or _converged(sums, slack, matrix.total):
-                if exhausted or sums[-1] - confirmed <= _allowed(sums[-1], matrix.total) / 4:
+            residual = coupling.double() @ vectors[-pending.shape[1] :, :rank]
+            slack = float(torch.linalg.matrix_norm(residual, "nuc"))
+            missing = _missing(residual, squares, rank)
+            if exhausted or _converged(sums, slack, missing, matrix.total):
+                # A space that X'X maps into itself may lack directions all the same, where more singular values are
+                # equal than a block has columns: it must not gain by another random block either.
+                known = exhausted or rank <= width or sums[-1] - confirmed <= _allowed(sums[-1], matrix.total) / 4
+                if known:
                     chosen = vectors[:, :rank].float()
-                    near, far = basis @ chosen, images @ chosen
-                    left, right = (near, far) if wide else (far, near)
-                    return Factors(left, right, squares[:rank], 0.0 if exhausted else slack)
-                # A space that X'X maps into itself may lack directions all the same, where singular values are
-                # equal: it must not gain by another random block either.
+                    return Factors(images @ chosen, basis @ chosen, True, squares[:rank], 0.0 if exhausted else slack)
                 confirmed, sums = sums[-1], []
                 following = torch.linalg.qr(_without(basis, random_block()))[0]
                 continue
-        fresh = 0
+        pending = pending[:, :0]
     return None
 
 
@@ -184,13 +197,22 @@ def _without(basis: Tensor, block: Tensor) -> Tensor:
     return block
 
 
-def _converged(sums: list[float], slack: float, total: float) -> bool:
+def _missing(residual: Tensor, squares: Tensor, rank: int) -> float:
+    """Return about how much the sum of squares lacks: `|r|^2 / (theta - next)` of each vector, and at most `|r|`."""
+    lengths = torch.linalg.vector_norm(residual, dim=0)
+    following = squares[rank] if len(squares) > rank else squares[rank - 1]
+    gaps = (squares[:rank] - following).clamp(min=1e-300)
+    return float(torch.minimum(lengths, lengths**2 / gaps).sum())
+
+
+def _converged(sums: list[float], slack: float, missing: float, total: float) -> bool:
     """Tell whether the sum of squares can grow by no more than what the wanted precision of the error allows.
 
-    Either the residual says so, or the gains, which shrink at least geometrically, add up to too little.
+    The residual bounds that, or tells about how much it is while the bound is near; or the gains, which shrink at
+    least geometrically, add up to too little.
     """
     allowed = _allowed(sums[-1], total)
-    if slack <= allowed:
+    if slack <= allowed or (missing <= allowed / 8 and slack <= 16 * allowed):
         return True
     if len(sums) < 3:
         return False

@@ -60,34 +60,34 @@ def extracted(
     Raises:
         RefusedError: for NaN or infinity, and for models that do not differ.
     """
-    from tensorsurgeon.kernels.deltas import Goal, factorize, measure, one_thread_each
+    from tensorsurgeon.kernels.deltas import Found, Goal, Wish, explore, one_thread_each
 
     budget = Budget(running().memory)
     deltas = dict(_deltas(tuned, base, modules))
-    again = sum(deltas[module.name].nbytes for module in modules)
-    total = sum(delta.nbytes for delta in deltas.values()) + again
+    wishes = {
+        module.name: Wish(
+            Goal(module.kind, module.value), tuple(steps), dtype, zlib.crc32(module.name.encode()), device
+        )
+        for module in modules
+    }
+    total = sum(delta.nbytes for delta in deltas.values())
     with (
         one_thread_each(),
         progress_bar(total, "extract-lora", running().quiet) as advance,
         ThreadPoolExecutor(running().workers) as pool,
     ):
-        found = dict(zip(deltas, pool.map(lambda delta: measure(delta, advance), deltas.values()), strict=True))
-        raise_all(
-            RefusedError,
-            (f"{name}: holds NaN or infinity in the {it.broken} model." for name, it in found.items() if it.broken),
-        )
-        changed = [module for module in modules if found[module.name].delta]
-        if not changed:
-            raise RefusedError("extract-lora: the models are the same in every matrix; there is nothing to extract.")
 
-        def pair(module: Module) -> Pair:
-            goal, seed = Goal(module.kind, module.value), zlib.crc32(module.name.encode())
-            delta = deltas[module.name]
-            made = factorize(delta, found[module.name], goal, tuple(steps), dtype, seed, budget, device)
-            advance(delta.nbytes)
-            return made
+        def find(name: str) -> Found:
+            return explore(deltas[name], wishes.get(name), budget, advance)
 
-        return found, dict(zip((it.name for it in changed), pool.map(pair, changed), strict=True))
+        found = dict(zip(deltas, pool.map(find, deltas), strict=True))
+    broken = ((name, it.sums.broken) for name, it in found.items() if it.sums.broken)
+    raise_all(RefusedError, (f"{name}: holds NaN or infinity in the {model} model." for name, model in broken))
+    pairs = {module.name: found[module.name].pair for module in modules}
+    made = {name: pair for name, pair in pairs.items() if pair}
+    if not made:
+        raise RefusedError("extract-lora: the models are the same in every matrix; there is nothing to extract.")
+    return {name: it.sums for name, it in found.items()}, made
 
 
 def _deltas(tuned: Checkpoint, base: Checkpoint, modules: Sequence[Module]) -> Iterator[tuple[str, Delta]]:

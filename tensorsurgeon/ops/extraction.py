@@ -48,7 +48,7 @@ def extract_lora(
 
     Each matrix of a layer gives a pair `B A`, the best that its rank allows (Eckart and Young): the singular values
     lie in equal parts on both, and the scale is 1. Either model may be block FP8 and is decoded as it is read: against
-    an FP8 base the adapter also mends what quantisation did. Both models are read twice. What is not captured is told.
+    an FP8 base the adapter also mends what quantisation did. What is not captured is told.
 
     Args:
         base: The model that the adapter is to be applied to.

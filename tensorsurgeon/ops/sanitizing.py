@@ -25,6 +25,7 @@ from tensorsurgeon.ops.servable import (
 from tensorsurgeon.parameters import Model
 from tensorsurgeon.quantized import quantized_tensors
 from tensorsurgeon.registry import open_model, operation
+from tensorsurgeon.running import running
 from tensorsurgeon.tensor import Block, Input, LazyTensor
 
 
@@ -51,7 +52,8 @@ def sanitize_lora(ckpt: Checkpoint, for_: Profile = "vllm", base: Model | None =
     renamed, mended, problems = named_as_in(lora, model)
     raise_all(RefusedError, problems)
     raise_all(RefusedError, pair_problems(ckpt, renamed, model, PROFILES[for_]))
-    raise_all(RefusedError, broken_values(ckpt))
+    if not running().planned:
+        raise_all(RefusedError, broken_values(ckpt))
     return _sanitized(ckpt, renamed, model, for_, mended)
 
 
@@ -111,6 +113,9 @@ def _dropped(
     lora: Lora, base: Checkpoint | None, kept: Container[str], whole: Container[str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return what is dropped, each with its share of the squares of all that the adapter adds, and the sum of them."""
+    if running().planned:
+        names = [name for name in (*lora.modules, *lora.whole) if name not in kept and name not in whole]
+        return [{"dropped": name} for name in names], {"dropped": len(names)}
     pairs = {module: held.squares for module, held in lora.modules.items()}
     others = {name: _difference(tensor, base, name) for name, tensor in lora.whole.items()}
     # PEFT saves embeddings along that it did not change.
