@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from test_layers import TOKENS
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -95,3 +96,30 @@ def test_an_adapter_made_for_a_number_of_layers_is_refused(six: Path, tmp_path: 
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(RefusedError, match="'layer_replication' is .*ties the adapter to the model's layers"):
         ts.ops.drop_layers(ts.open(adapter), "3")
+
+
+def test_inspect_tells_what_an_adapter_is(six: Path, tmp_path: Path) -> None:
+    adapter = adapted(six, tmp_path / "adapter", use_rslora=True, rank_pattern={"model.layers.2.self_attn.q_proj": 8})
+    tables = ts.exams.inspect(ts.open(adapter)).tables
+    (row,) = tables["model"]
+    assert (row["adapter"], row["pairs"], row["ranks"], row["max-lora-rank"]) == ("LORA rsLoRA", 12, "4, 8", 8)
+    assert row["scales"] == "2.82843, 4"
+    assert {(it["role"], it["rank"], it["pairs"]) for it in tables["pairs"]} == {
+        ("attention q", 4, 5), ("attention q", 8, 1), ("mlp down", 4, 6),
+    }  # fmt: skip
+
+
+def test_verify_finds_what_is_wrong_with_an_adapter(six: Path, tmp_path: Path) -> None:
+    adapter = adapted(six, tmp_path / "adapter")
+    assert ts.exams.verify(adapter, deep=True).problems == ()
+    tensors = make.read(adapter)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    tensors.pop(name)
+    tensors[name.replace("layers.1", "layers.2")] = torch.full((3, 192), float("nan"))
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": ["q_proj", "gone"], "r": 4}))
+    problems = "\n".join(ts.exams.verify(adapter, deep=True).problems)
+    for text in ("layers.1.self_attn.q_proj: has lora_B but no lora_A", "A is [3, 192]", "target_modules has 'gone'",
+                 "NaN"):  # fmt: skip
+        assert text in problems

@@ -18,7 +18,9 @@ from tensorsurgeon.config import COUNT_KEYS, quantization_config
 from tensorsurgeon.document import render
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import load_json
+from tensorsurgeon.lora import read_lora
 from tensorsurgeon.names import companions
+from tensorsurgeon.ops.servable import PROFILES, config_problems, pair_problems
 from tensorsurgeon.parameters import Location
 from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.quantized import PACKED, fp8_block, quantized_tensors
@@ -42,7 +44,7 @@ def verify(model: Location, deep: bool = False) -> Findings:
     Checked are headers and index, stray weights, the layers and the config, scales of FP8 weights, the
     receipt's SHA-256 of every file, and, where transformers is installed, that the model class finds every
     tensor it needs with the right shape (on the meta device, without memory): vLLM serves garbage for a
-    missing linear layer without a word.
+    missing linear layer without a word. Of an adapter, its pairs and its config are checked.
 
     Args:
         deep: Read every tensor and look for NaN and infinity too.
@@ -60,6 +62,9 @@ def verify(model: Location, deep: bool = False) -> Findings:
         "receipt": lambda: _receipt(directory),
         "model class": lambda: _model_class(ckpt, directory),
     }
+    if ckpt.is_adapter:
+        checks = {name: checks[name] for name in ("headers and index", "stray weights", "receipt")}
+        checks |= {"config": lambda: config_problems(ckpt), "pairs": lambda: _pairs(ckpt)}
     if deep:
         checks["values"] = lambda: _values(ckpt)
     rows, problems = [], []
@@ -145,6 +150,16 @@ def _unlike(layer: int, shapes: frozenset[Any], usual: frozenset[Any], others: s
     for rest in sorted(here.keys() & there.keys()):
         if here[rest] != there[rest]:
             yield f"layer {layer}: {rest} is {list(here[rest])}, and {list(there[rest])} in {others}."
+
+
+def _pairs(ckpt: Checkpoint) -> Problems:
+    """Find half pairs, factors that do not fit each other or the config, and targets without a pair."""
+    lora = read_lora(ckpt)
+    yield from pair_problems(ckpt, lora, None, PROFILES["peft"])
+    targets = ckpt.config.value.get("target_modules")
+    for target in targets if isinstance(targets, list) else ():
+        if not any(module == target or module.endswith(f".{target}") for module in lora.modules):
+            yield f"adapter_config.json: target_modules has {target!r}, and no pair is for it."
 
 
 def _quantization(ckpt: Checkpoint) -> Problems:

@@ -9,10 +9,12 @@ from typing import Any
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.lora import SERVED_RANKS, Lora, read_lora
 from tensorsurgeon.names import companions
 from tensorsurgeon.parameters import Glob
 from tensorsurgeon.quantized import PACKED, format_name, quantized_tensors
 from tensorsurgeon.registry import Findings, exam
+from tensorsurgeon.roles import find_role
 from tensorsurgeon.sizes import format_size
 
 
@@ -44,8 +46,48 @@ def inspect(ckpt: Checkpoint, tensors: Glob | None = None) -> Findings:
         for total in [sum(totals[2] for totals in by_dtype.values()) or 1]
         for dtype, (count, elements, size) in sorted(by_dtype.items(), key=lambda item: -item[1][2])
     ]
+    if ckpt.is_adapter:
+        lora = read_lora(ckpt)
+        tables = {"model": [_adapter_row(ckpt, lora)], "dtypes": dtypes, "pairs": _pair_rows(lora)}
+        return Findings({**tables, "shards": _shard_rows(ckpt)})
     tables = {"model": [_model_row(ckpt)], "dtypes": dtypes, "roles": _role_rows(ckpt), "shards": _shard_rows(ckpt)}
     return Findings(tables)
+
+
+def _adapter_row(ckpt: Checkpoint, lora: Lora) -> dict[str, Any]:
+    """Return what kind of adapter it is, for which model, and what vLLM needs to serve it."""
+    config = ckpt.config.value
+    ranks = [held.rank for held in lora.modules.values()] or [0]
+    variants = [word for key, word in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if config.get(key)]
+    served = next((rank for rank in SERVED_RANKS if rank >= max(ranks)), None)
+    return {
+        "name": ckpt.sources[0].name,
+        "adapter": " ".join([str(config.get("peft_type")), *variants]),
+        "base": config.get("base_model_name_or_path") or "-",
+        "pairs": len(lora.modules),
+        "ranks": ", ".join(map(str, sorted(set(ranks)))),
+        "scales": ", ".join(sorted({f"{held.scale:g}" for held in lora.modules.values()})) or "-",
+        "whole tensors": len(lora.whole),
+        "max-lora-rank": served or "none is high enough",
+        "parameters": sum(prod(tensor.shape) for tensor in ckpt.tensors.values()),
+        "warnings": "; ".join(ckpt.warnings) or "none",
+    }
+
+
+def _pair_rows(lora: Lora) -> list[dict[str, Any]]:
+    """Return how many pairs there are for each kind of module, by rank."""
+    found: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
+    for module, held in lora.modules.items():
+        sizes = [tensor.shape for tensor in (held.b, held.a) if tensor]
+        shape = (sizes[0][0], sizes[-1][-1]) if len(sizes) == 2 else (0, 0)
+        role = "embedding token" if held.embedding else " ".join(find_role(f"{module}.weight", shape)[:2])
+        count = found[role.strip(), str(held.rank), f"{held.scale:g}"]
+        count[0] += 1
+        count[1] += sum(prod(size) for size in sizes)
+    return [
+        {"role": role, "rank": int(rank), "scale": scale, "pairs": pairs, "elements": elements}
+        for (role, rank, scale), (pairs, elements) in sorted(found.items())
+    ]
 
 
 def _role_rows(ckpt: Checkpoint) -> list[dict[str, Any]]:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorsurgeon import document
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.format import Span
 from tensorsurgeon.lora import PREFIX, lora_config, pair_names, target_names
-from tensorsurgeon.ops.extracting import Module
+from tensorsurgeon.ops.extracting import Extracted, Module
 from tensorsurgeon.source import ADAPTER
 from tensorsurgeon.tensor import Block, LazyTensor
 
 if TYPE_CHECKING:
-    from tensorsurgeon.kernels.deltas import Pair, Sums
+    from tensorsurgeon.kernels.deltas import Sums
 
 
 class Made(NamedTuple):
@@ -58,23 +53,17 @@ def _unread(*blocks: Block) -> Block:
     raise AssertionError("an adapter that is only planned was read")
 
 
-def made_adapter(made: Made, sums: Mapping[str, Sums], pairs: Mapping[str, Pair]) -> Checkpoint:
+def made_adapter(made: Made, sums: Mapping[str, Sums], pairs: Mapping[str, Extracted]) -> Checkpoint:
     """Return the adapter of the pairs that were found, with the account of what they capture."""
     tensors: dict[str, LazyTensor] = {}
     ranks: dict[str, int] = {}
     rows = []
-    place = _scratch()
-    offset = 0
     by_name = {module.name: module for module in made.modules}
-    with open(place, "wb") as file:
-        for name, pair in pairs.items():
-            module = by_name[name]
-            ranks[module.path] = pair.stored
-            blocks = pair.blocks(module.transposed)
-            for key, block in zip(pair_names(module.path, module.embedding), blocks, strict=True):
-                tensors[key] = LazyTensor(block.dtype, block.shape, Span(place, offset, len(block.data)))
-                offset += file.write(block.data)
-            rows.append(_row(module, pair, sums[name]))
+    for name, pair in pairs.items():
+        module = by_name[name]
+        ranks[module.path] = pair.stored
+        tensors |= dict(zip(pair_names(module.path, module.embedding), (pair.a, pair.b), strict=True))
+        rows.append(_row(module, pair, sums[name]))
     report = {"captured": rows, "left out": _left_out(made, sums), "total": [_total(made, sums, pairs)]}
     same = [module.path for module in made.modules if module.name not in pairs]
     ckpt = _checkpoint(made, tensors, ranks).replace(report=report)
@@ -111,7 +100,7 @@ def _task(ckpt: Checkpoint) -> str | None:
     return "CAUSAL_LM" if named.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) else None
 
 
-def _row(module: Module, pair: Pair, sums: Sums) -> dict[str, Any]:
+def _row(module: Module, pair: Extracted, sums: Sums) -> dict[str, Any]:
     return {
         "module": module.path,
         "rank": pair.rank,
@@ -149,7 +138,7 @@ def _left_out(made: Made, sums: Mapping[str, Sums]) -> list[dict[str, Any]]:
     return [*rows, {"tensors": "only in the tuned model", "number": len(added)}] if added else rows
 
 
-def _total(made: Made, sums: Mapping[str, Sums], pairs: Mapping[str, Pair]) -> dict[str, Any]:
+def _total(made: Made, sums: Mapping[str, Sums], pairs: Mapping[str, Extracted]) -> dict[str, Any]:
     whole = _whole(made, sums)
     inside = sum(sums[name].delta for name in pairs)
     return {
@@ -168,10 +157,3 @@ def _whole(made: Made, sums: Mapping[str, Sums]) -> float:
 
 def _short(number: float) -> float:
     return float(f"{number:.6g}")
-
-
-def _scratch() -> Path:
-    """Return a file of this process's own, for factors that are not to fill the memory; it goes with the process."""
-    directory = tempfile.mkdtemp(prefix="tensorsurgeon-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return Path(directory, "factors")

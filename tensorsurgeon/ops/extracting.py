@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, raise_all
+from tensorsurgeon.format import Span
 from tensorsurgeon.progress import progress_bar
 from tensorsurgeon.roles import Role
 from tensorsurgeon.running import Budget, running
-from tensorsurgeon.tensor import LazyTensor
+from tensorsurgeon.tensor import Block, LazyTensor
 
 if TYPE_CHECKING:
     from tensorsurgeon.kernels.deltas import Delta, Pair, Sums
@@ -52,9 +57,24 @@ class Module(NamedTuple):
         return (rank, width), (out, rank)
 
 
+class Extracted(NamedTuple):
+    """A module's factors on disk, and what they hold: sums of squares, as `kernels.deltas.Pair` has them.
+
+    `rank` is what was found, `stored` with the zeros that fill it up.
+    """
+
+    a: LazyTensor
+    b: LazyTensor
+    rank: int
+    stored: int
+    captured: float
+    error: float
+    least: float
+
+
 def extracted(
     tuned: Checkpoint, base: Checkpoint, modules: Sequence[Module], steps: Sequence[int], dtype: str, device: str
-) -> tuple[dict[str, Sums], dict[str, Pair]]:
+) -> tuple[dict[str, Sums], dict[str, Extracted]]:
     """Return the sums of squares of every tensor that both models have, and the factors of modules that differ.
 
     Raises:
@@ -80,14 +100,39 @@ def extracted(
         def find(name: str) -> Found:
             return explore(deltas[name], wishes.get(name), budget, advance)
 
-        found = dict(zip(deltas, pool.map(find, deltas), strict=True))
-    broken = ((name, it.sums.broken) for name, it in found.items() if it.sums.broken)
+        sums: dict[str, Sums] = {}
+        made: dict[str, Extracted] = {}
+        place = _scratch()
+        by_name = {module.name: module for module in modules}
+        with open(place, "wb") as file:
+            for name, found in zip(deltas, pool.map(find, deltas), strict=True):
+                sums[name] = found.sums
+                if found.pair:
+                    made[name] = _spilled(found.pair, by_name[name].transposed, file, place)
+    broken = ((name, it.broken) for name, it in sums.items() if it.broken)
     raise_all(RefusedError, (f"{name}: holds NaN or infinity in the {model} model." for name, model in broken))
-    pairs = {module.name: found[module.name].pair for module in modules}
-    made = {name: pair for name, pair in pairs.items() if pair}
     if not made:
         raise RefusedError("extract-lora: the models are the same in every matrix; there is nothing to extract.")
-    return {name: it.sums for name, it in found.items()}, made
+    return sums, {module.name: made[module.name] for module in modules if module.name in made}
+
+
+def _scratch() -> Path:
+    """Return a file of this process's own, for factors that are not to fill the memory; it goes with the process."""
+    directory = tempfile.mkdtemp(prefix="tensorsurgeon-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory, "factors")
+
+
+def _spilled(pair: Pair, transposed: bool, file: BinaryIO, place: Path) -> Extracted:
+    """Write factors to a file, and return where they are."""
+
+    def written(block: Block) -> LazyTensor:
+        span = Span(place, file.tell(), len(block.data))
+        file.write(block.data)
+        return LazyTensor(block.dtype, block.shape, span)
+
+    a, b = map(written, pair.blocks(transposed))
+    return Extracted(a, b, pair.rank, pair.stored, pair.captured, pair.error, pair.least)
 
 
 def _deltas(tuned: Checkpoint, base: Checkpoint, modules: Sequence[Module]) -> Iterator[tuple[str, Delta]]:

@@ -84,7 +84,7 @@ def extract_lora(
     if running().planned and given[0][0] == "rank":
         return planned_adapter(Made(ckpt, original, tuned, plain, modules, norms, name), CODES[dtype], steps)
     sums, pairs = extracted(tuned, plain, modules, steps, dtype, device)
-    changed = [name for name in norms if sums[name].delta]
+    changed = [name for name in norms if name in sums and sums[name].delta]
     return made_adapter(Made(ckpt, original, tuned, plain, modules, changed, name), sums, pairs)
 
 

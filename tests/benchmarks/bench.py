@@ -102,7 +102,7 @@ HEADINGS = ["measured", "unit", "tensorsurgeon", "other", "ratio", "target", "me
 
 
 class Setup(NamedTuple):
-    """Where and how often to measure, and the models: BF16, FP8, and the sizes of one large tensor."""
+    """Where and how often to measure, and the models: BF16, FP8, the sizes of one large tensor, and of a pair."""
 
     scratch: Path
     runs: int = 5
@@ -110,6 +110,7 @@ class Setup(NamedTuple):
     fp8: Qwen3 = Qwen3(layers=24)
     shard_size: int = 1_500_000_000
     large_rows: int = 262144
+    pair: Qwen3 = Qwen3(4, 2048, 8192, 32, 4, 32000)
 
 
 def spread(values: list[float]) -> str:
@@ -242,6 +243,67 @@ def measure_mergekit(setup: Setup) -> list[Figure]:
         Figure(f"{title}: CPU", "s", [it.cpu for it in ours], [it.cpu for it in merged]),
         Figure(f"{title}: peak memory", "MB", [it.peak / 1e6 for it in ours], [it.peak / 1e6 for it in merged], 1),
     ]
+
+
+def measure_extract_lora(setup: Setup) -> list[Figure]:
+    """Compare the extraction of an adapter of rank 32 with mergekit's, on a Llama of 28 matrices."""
+    with workplace(setup) as place:
+        base, tuned, dest, other = place / "base", place / "tuned", place / "dest", place / "other"
+        write_pair(base, tuned, setup.pair)
+        ours = surgeon("extract-lora", tuned, dest, "--base", base, "--rank", 32, "--quiet")
+        theirs = [str(PEERS / "mergekit-extract-lora"), "--model", str(tuned), "--base-model", str(base), "--out-path"]
+        theirs += [str(other), "--max-rank", "32", "--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+
+        def timed(command: list[str], written: Path) -> Run:
+            prepare(written, base, directory_size(base))
+            return run(command)
+
+        mine, peers = alternate(setup.runs, lambda: timed(ours, dest), lambda: timed(theirs, other))
+        errors = [relative_error(base, tuned, it) for it in (dest, other)]
+        sizes = [(it / "adapter_model.safetensors").stat().st_size / 1e6 for it in (dest, other)]
+    title = "extract-lora, rank 32, 28 matrices, with mergekit-extract-lora"
+    return [
+        Figure(f"{title}: wall", "s", [it.wall for it in mine], [it.wall for it in peers], 1 / 5),
+        Figure(f"{title}: peak memory", "MB", [it.peak / 1e6 for it in mine], [it.peak / 1e6 for it in peers], 1),
+        Figure(f"{title}: relative error", "", errors[:1], errors[1:], 1.001),
+        Figure(f"{title}: size of the adapter", "MB", sizes[:1], sizes[1:], 0.1),
+    ]
+
+
+def write_pair(base: Path, tuned: Path, model: Qwen3) -> None:
+    """Write a Llama of random numbers, and one that differs from it by a part of low rank and by noise."""
+    import torch
+    from safetensors.torch import save_file
+
+    shapes, config = synthetic.as_llama(model)
+    generator = torch.Generator().manual_seed(0)
+    before, after = {}, {}
+    for name, (_, shape) in shapes.items():
+        weight = torch.randn(*shape, generator=generator) * 0.02
+        before[name] = after[name] = weight.bfloat16()
+        if len(shape) == 2:
+            factors = (torch.randn(size, 64, generator=generator) * 0.02 for size in shape)
+            delta = torch.mm(next(factors), next(factors).T) / 2
+            after[name] = (weight + delta + 5e-4 * torch.randn(*shape, generator=generator)).bfloat16()
+    for directory, tensors in ((base, before), (tuned, after)):
+        directory.mkdir()
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(config))
+
+
+def relative_error(base: Path, tuned: Path, adapter: Path) -> float:
+    """Return what an adapter leaves of the deltas that it has pairs for, relative to them."""
+    before, after, pairs = open_tensors(base), open_tensors(tuned), open_shard(adapter / "adapter_model.safetensors")
+    left = whole = 0.0
+    for name in pairs.keys():  # noqa: SIM118
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        if name.endswith("lora_A.weight"):
+            weights = (it[f"{module}.weight"].get_tensor(f"{module}.weight").double() for it in (after, before))
+            delta = next(weights) - next(weights)
+            a, b = (pairs.get_tensor(name.replace("lora_A", f"lora_{side}")).double() for side in "AB")
+            left += float((delta - b @ a).square().sum())
+            whole += float(delta.square().sum())
+    return float((left / whole) ** 0.5)
 
 
 def measure_dequantize(setup: Setup) -> list[Figure]:
@@ -474,6 +536,7 @@ HELPERS = {"reference": decode_in_torch, "phases": dequantize_in_turn}
 MEASUREMENTS = {
     "select-layers": measure_select_layers,
     "mergekit": measure_mergekit,
+    "extract-lora": measure_extract_lora,
     "dequantize": measure_dequantize,
     "memory": measure_memory,
     "headers": measure_headers,
