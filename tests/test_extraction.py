@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,3 +336,32 @@ def test_another_vocabulary_is_refused_or_cut(base: Path, full: Path, tmp_path: 
     delta[rows:] = 0
     assert (product(tmp_path / "cut", "lm_head") - delta).norm() < 1e-5 * delta.norm()
     assert applied(base, tmp_path / "cut").shape[-1] == 96
+
+
+MEASURE = """
+import resource, sys
+import tensorsurgeon as ts, tensorsurgeon.kernels.deltas, torch
+from tensorsurgeon.running import Running, run_under
+torch.linalg.eigh(torch.eye(600, dtype=torch.float64)); torch.randn(600, 600) @ torch.randn(600, 600)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with run_under(Running(memory=2**26, threads=2)):
+    adapter = ts.ops.extract_lora(ts.open(sys.argv[1]), base=sys.argv[2], rank=8)
+ts.write(adapter, sys.argv[3])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_bounded_whatever_the_largest_matrix(tmp_path: Path) -> None:
+    """Two matrices of 512 MiB in float32, in 64 MiB: what does not fit is read again for each product."""
+    settings = {"model_type": "llama", "num_hidden_layers": 2, "architectures": ["LlamaForCausalLM"]}
+    for name, scale in (("base", 1.0), ("tuned", 1.01)):
+        rows = torch.linspace(-1, 1, 32768).bfloat16()[:, None] * scale
+        large = rows * torch.linspace(-1, 1, 4096).bfloat16()
+        make.save(
+            tmp_path / name, {f"model.layers.{layer}.mlp.up_proj.weight": large + layer for layer in (0, 1)}, settings
+        )
+    arguments = [str(tmp_path / name) for name in ("tuned", "base", "dest")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 256
+    assert len(make.read(tmp_path / "dest")) == 4
