@@ -12,11 +12,12 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from architectures import ARCHITECTURES, TOKENS, load, logits_of
+from architectures import ARCHITECTURES, SERVED, TOKENS, load, logits_of
 from peft import PeftModel
 
 import make
 import tensorsurgeon as ts
+from serving import Job, Request, adapter_answers
 from tensorsurgeon.errors import RefusedError, UsageError
 from tensorsurgeon.running import Running, run_under
 
@@ -308,11 +309,31 @@ def test_stacked_experts_are_refused_by_name_or_left_out(tmp_path: Path) -> None
     base = architectures.make(ARCHITECTURES["gpt_oss"], tmp_path / "base")
     model = tuned(base, tmp_path / "tuned", noisy)
     text = refusal(model, base, rank=2)
-    assert "model.layers.0.mlp.experts.gate_up_proj: has shape [4, 32, 96]" in text
-    assert "--exclude" in text
+    assert "model.layers.0.mlp.experts.gate_up_proj: has shape [4, 32, 96], and so have 11 others of experts" in text
+    assert "--exclude '*.experts.*'" in text
     receipt = extract(model, base, tmp_path / "adapter", rank=2, exclude="*.experts.*")
     assert {row["tensors"] for row in receipt["report"]["left out"]} >= {"expert", "router", "bias"}
     assert applied(base, tmp_path / "adapter").shape[:2] == TOKENS.shape
+
+
+def test_experts_of_their_own_get_pairs_only_when_asked_for(tmp_path: Path) -> None:
+    base = architectures.make(ARCHITECTURES["qwen3_moe"], tmp_path / "base")
+    model = tuned(base, tmp_path / "tuned", planted)
+    text = refusal(model, base, rank=3)
+    assert "experts.0.down_proj.weight: has shape [32, 16], and so have 47 others of experts" in text
+    assert "--experts each makes them for vLLM" in text
+    extract(model, base, tmp_path / "adapter", rank=3, experts="each")
+    merged = ts.ops.merge_lora(ts.open(base), adapter=str(tmp_path / "adapter"))
+    ts.write(merged, tmp_path / "merged")
+    wanted = {name: it for name, it in make.read(model).items() if ".gate.weight" not in name}
+    found = make.read(tmp_path / "merged")
+    assert all(torch.allclose(found[name], it, atol=1e-5) for name, it in wanted.items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_said(base: Path, low: Path) -> None:
+    with pytest.raises(UsageError, match="torch finds no GPU here"):
+        ts.ops.extract_lora(ts.open(low), base=str(base), rank=2, device="cuda")
 
 
 @pytest.mark.parametrize("rows", [104, 90])
@@ -365,3 +386,15 @@ def test_memory_stays_bounded_whatever_the_largest_matrix(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 256
     assert len(make.read(tmp_path / "dest")) == 4
+
+
+@pytest.mark.serving
+def test_vllm_serves_pairs_of_fused_modules(tmp_path: Path) -> None:
+    base = architectures.make(ARCHITECTURES["phi3"], tmp_path / "base", **SERVED)
+    model = tuned(base, tmp_path / "tuned", planted)
+    extract(model, base, tmp_path / "adapter", rank=3)
+    requests = [Request(row) for row in TOKENS.tolist()]
+    (answers,) = adapter_answers(Job(base, requests, adapters=[tmp_path / "adapter"], max_lora_rank=8))
+    assert not isinstance(answers, str), answers
+    wanted = logits_of(load(model))[:, :-1].log_softmax(-1).gather(2, TOKENS[:, 1:, None])[..., 0]
+    assert (torch.tensor([answer.prompt_logprobs for answer in answers]) - wanted).abs().max() < 1e-3

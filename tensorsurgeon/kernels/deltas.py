@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from tensorsurgeon.errors import UsageError
 from tensorsurgeon.kernels.arrays import as_float32
 from tensorsurgeon.kernels.lowrank import (
     Factors,
@@ -99,6 +100,12 @@ class Pair(NamedTuple):
         """Return A and B, for a weight that is B A or the transpose of it."""
         a, b = (self.left.T, self.right.T) if transposed else (self.right, self.left)
         return _block(a), _block(b)
+
+
+def require_device(device: str) -> None:
+    """Raise UsageError where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: torch finds no GPU here; leave --device out to compute on the processor.")
 
 
 @contextmanager

@@ -80,8 +80,9 @@ def extracted(
     Raises:
         RefusedError: for NaN or infinity, and for models that do not differ.
     """
-    from tensorsurgeon.kernels.deltas import Found, Goal, Wish, explore, one_thread_each
+    from tensorsurgeon.kernels.deltas import Found, Goal, Wish, explore, one_thread_each, require_device
 
+    require_device(device)
     budget = Budget(running().memory)
     deltas = dict(_deltas(tuned, base, modules))
     wishes = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, UsageError, raise_all
@@ -42,6 +42,7 @@ def extract_lora(
     dtype: Literal["float32", "bfloat16"] = "float32",
     pad_rank: bool = False,
     vocabulary: Literal["refuse", "cut"] = "refuse",
+    experts: Literal["refuse", "each"] = "refuse",
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> Checkpoint:
     """Make a LoRA adapter of the difference between a tuned model and its base.
@@ -61,6 +62,7 @@ def extract_lora(
         dtype: What the factors are written in.
         pad_rank: Raise every rank to the next that vLLM takes as its --max-lora-rank, with zeros.
         vocabulary: Whether to refuse embeddings of another number of rows, or to cut them to the base's.
+        experts: Whether each expert gets pairs of its own, which vLLM takes, and PEFT does not apply.
         device: Where to compute.
 
     Raises:
@@ -76,7 +78,8 @@ def extract_lora(
     original = open_model(base)
     tuned, plain = _plain(ckpt), _plain(original)
     raise_all(RefusedError, _mismatches(tuned, plain))
-    modules, problems = _modules(tuned, plain, given[0], ranks or {}, exclude, include or (), vocabulary == "cut")
+    chosen = _Choice(given[0], ranks or {}, exclude, include or (), vocabulary == "cut", experts == "each")
+    modules, problems = _modules(tuned, plain, chosen)
     raise_all(RefusedError, problems)
     norms = [name for name, role in plain.roles.items() if role.group == "norm"] if "norm" in (include or ()) else []
     steps = SERVED_RANKS if pad_rank else ()
@@ -86,6 +89,17 @@ def extract_lora(
     sums, pairs = extracted(tuned, plain, modules, steps, dtype, device)
     changed = [name for name in norms if name in sums and sums[name].delta]
     return made_adapter(Made(ckpt, original, tuned, plain, modules, changed, name), sums, pairs)
+
+
+class _Choice(NamedTuple):
+    """What was asked for: the goal, ranks by pattern, what to leave out and to take along, and what is allowed."""
+
+    goal: tuple[str, float]
+    ranks: Mapping[str, int]
+    exclude: str | None
+    include: Container[str]
+    cut: bool
+    experts: bool
 
 
 def _plain(ckpt: Checkpoint) -> Checkpoint:
@@ -113,61 +127,69 @@ def _mismatches(tuned: Checkpoint, base: Checkpoint) -> Iterator[str]:
             yield f"{name}: has shape {ours} in the tuned model and {theirs} in the base."
 
 
-def _modules(
-    tuned: Checkpoint,
-    base: Checkpoint,
-    goal: tuple[str, float],
-    ranks: Mapping[str, int],
-    exclude: str | None,
-    include: Container[str],
-    cut: bool,
-) -> tuple[list[Module], list[str]]:
+def _modules(tuned: Checkpoint, base: Checkpoint, chosen: _Choice) -> tuple[list[Module], list[str]]:
     """Return the modules to make factors for, and what keeps some from having any."""
     modules: list[Module] = []
     problems: list[str] = []
     used: set[str] = set()
+    expert: dict[int, list[str]] = {}
     above: dict[tuple[str, float, tuple[int, ...]], list[str]] = {}
-    left_out = set(matching(exclude, base)) if exclude else set()
-    for name, role in _weights(base, include):
+    left_out = set(matching(chosen.exclude, base)) if chosen.exclude else set()
+    for name, role in _weights(base, chosen.include):
         weight = _weight(base, name)
-        linear = role.group in LINEAR and role.kind == "weight" and len(weight.shape) > 1
-        wanted = linear or (role.group in include and role.group != "norm" and role.part != "position")
-        if not wanted or name in left_out or role.kind != "weight":
+        linear = role.group in LINEAR and len(weight.shape) > 1
+        included = role.group in chosen.include and role.group != "norm" and role.part != "position"
+        if not (linear or included) or role.kind != "weight" or name in left_out:
             continue
-        if len(weight.shape) != 2 or role.layout.startswith("expert"):
-            if role.group != "mixer":
-                problems.append(
-                    f"{name}: has shape {list(weight.shape)}; neither PEFT nor vLLM has a pair of factors for it as it "
-                    "lies. Leave such tensors out with --exclude."
-                )
+        if role.group == "expert" and (len(weight.shape) != 2 or not chosen.experts):
+            expert.setdefault(len(weight.shape), []).append(name)
+        if len(weight.shape) != 2:
             continue
-        other_weight = _weight(tuned, name)
-        if other_weight.shape[0] != weight.shape[0] and not cut:
+        other = _weight(tuned, name)
+        if other.shape[0] != weight.shape[0] and not chosen.cut:
             problems.append(
-                f"{name}: has {other_weight.shape[0]} rows in the tuned model and {weight.shape[0]} in the base; "
+                f"{name}: has {other.shape[0]} rows in the tuned model and {weight.shape[0]} in the base; "
                 "--vocabulary cut takes those that both have, and leaving it out of --include none."
             )
             continue
-        kind, value = goal
+        kind, value = chosen.goal
         roles = (role.group, f"{role.group}.{role.part}")
-        for pattern, other in ranks.items():
+        for pattern, rank in chosen.ranks.items():
             if matching(pattern, [name.removesuffix(".weight")]) or pattern in roles:
-                kind, value = "rank", float(other)
+                kind, value = "rank", float(rank)
                 used.add(pattern)
                 break
         if kind == "rank" and value > min(weight.shape):
             above.setdefault((role.part, value, weight.shape), []).append(name)
-        modules.append(Module(name, role, other_weight, weight, kind, value))
+        modules.append(Module(name, role, other, weight, kind, value))
+    problems += _expert_problems(base, expert)
     for (_, value, shape), names in above.items():
         short = names[0].removesuffix(".weight").rpartition(".")[2]
         problems.append(
             f"{names[0]}: rank {value:g} is above {min(shape)}, the shorter side of {list(shape)}, here and in "
             f"{len(names) - 1} others; give them a rank of their own with --ranks '*.{short}={min(shape)}'."
         )
-    problems += [f"extract-lora: ranks: {it!r} is no module, group or role here." for it in ranks if it not in used]
+    unused = (pattern for pattern in chosen.ranks if pattern not in used)
+    problems += [f"extract-lora: ranks: {pattern!r} is no module, group or role here." for pattern in unused]
     if not modules and not problems:
         problems.append("extract-lora: there is no matrix to make a pair for.")
     return modules, problems
+
+
+def _expert_problems(base: Checkpoint, expert: Mapping[int, list[str]]) -> Iterator[str]:
+    """Yield why experts get no pairs: stacked ones, or each by itself where that was not asked for."""
+    for dimensions, names in expert.items():
+        what = f"{names[0]}: has shape {list(base[names[0]].shape)}, and so have {len(names) - 1} others of experts"
+        if dimensions == 2:
+            yield (
+                f"{what}; PEFT holds experts stacked and would apply none of their pairs, without a word. "
+                "--experts each makes them for vLLM; --exclude '*.experts.*' leaves them out."
+            )
+        else:
+            yield (
+                f"{what}; neither PEFT nor vLLM has a pair of factors for them as they lie. --exclude '*.experts.*' "
+                "leaves them out."
+            )
 
 
 def _weights(ckpt: Checkpoint, include: Container[str]) -> Iterator[tuple[str, Role]]:
