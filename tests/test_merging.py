@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "patterns": {"target_modules": ["q_proj", "k_proj", "down_proj"],
                  "rank_pattern": {"model.layers.2.self_attn.q_proj": 8, "k_proj": 2},
                  "alpha_pattern": {"layers.5.mlp.down_proj": 32}},
+    "PiSSA": {"init_lora_weights": "pissa"},
     "some layers": {"layers_to_transform": [1, 4]},
     "all linear": {"target_modules": "all-linear"},
     "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},

@@ -74,6 +74,7 @@ MENDED: dict[str, Callable[[Path, Path], tuple[Path, Path]]] = {
                 lambda it: it.replace("base_model.model.model.", "base_model.model.")), one),
     "other targets in the config": lambda base, place: (
         damaged(one := adapted(base, place / "own"), place / "wrong", {"target_modules": ["q_proj", "o_proj"]}), one),
+    "PiSSA": lambda base, place: (one := adapted(base, place / "own", init_lora_weights="pissa"), one),
     "norms as a whole": lambda base, place: (
         one := adapted(base, place / "own", modules_to_save=["norm"]),
         without(one, place / "less", "norm", modules_to_save=None)),
@@ -162,7 +163,8 @@ NAME = f"{PREFIX}1.self_attn.q_proj.lora_"
         ({"config": {"lora_alpha": None}}, "lora_alpha is None"),
         ({"config": {"layer_replication": [[0, 4], [2, 6]]}}, "'layer_replication' is"),
         ({"config": {"trainable_token_indices": [1]}}, "'trainable_token_indices' is"),
-        ({"config": {"init_lora_weights": "pissa"}}, "init_lora_weights is 'pissa'"),
+        ({"config": {"init_lora_weights": "olora"}}, "init_lora_weights is 'olora'"),
+        ({"config": {"init_lora_weights": "pissa_niter_4"}}, "init_lora_weights is 'pissa_niter_4'"),
         ({"config": {"fan_in_fan_out": True}}, "fan_in_fan_out is true"),
         ({"config": {"r": 5}}, "the config says rank 5"),
     ],
@@ -251,6 +253,7 @@ def test_vllm_serves_the_mended_adapter_as_peft_applies_it(kind: str, served: Se
         ("a bias: wrong", "bias"),
         ("half a pair", "AssertionError"),
         ("DoRA", "DoRA"),
+        ("PiSSA: wrong", "pissa"),
         ("another kind of config", "positive integer"),
         ("rank above the engine's", "greater than max_lora_rank"),
     ],

@@ -162,8 +162,8 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
         if unit(module) != "kernels"
     }
     assert {module for module, used in users.items() if used} == {
-        "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/sanitizing",
-        "ops/servable", "quantized/fp8_block", "exams/integrity",
+        "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/principal",
+        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/integrity",
     }  # fmt: skip
 
 

@@ -24,3 +24,14 @@ def scaled(rows: Block, scale: float, columns: int, dtype: str) -> Block:
     numbers = np.zeros((rows.shape[0], columns), np.float32)
     numbers[:, : rows.shape[1]] = as_float32(rows) * np.float32(scale)
     return Block(dtype, numbers.shape, from_float32(numbers, dtype).data.cast("B"))
+
+
+def beside(one: Block, factor: float, other: Block, other_factor: float) -> Block:
+    """Return rows of F32 in which two blocks, each times a number, stand side by side."""
+    numbers = np.concatenate([as_float32(one) * np.float32(factor), as_float32(other) * np.float32(other_factor)], 1)
+    return Block("F32", numbers.shape, np.ascontiguousarray(numbers).data.cast("B"))
+
+
+def zeros_like(rows: Block) -> Block:
+    """Return as many zeros of F32."""
+    return Block("F32", rows.shape, bytearray(4 * int(np.prod(rows.shape))))

@@ -11,7 +11,8 @@ from tensorsurgeon.errors import RefusedError, UsageError, raise_all
 from tensorsurgeon.lora import Lora, LoraModule, read_lora, shape_problems
 from tensorsurgeon.ops.dequantization import FloatName, dequantize
 from tensorsurgeon.ops.dtypes import cast_tensor
-from tensorsurgeon.ops.servable import Profile, dropped_by
+from tensorsurgeon.ops.principal import with_principal_parts
+from tensorsurgeon.ops.servable import Profile, begins_with_principal_parts, dropped_by, start_problems
 from tensorsurgeon.parameters import Scales, Several
 from tensorsurgeon.quantized import fp8_block, quantized_tensors
 from tensorsurgeon.registry import open_model, operation
@@ -63,6 +64,10 @@ def merge_lora(
     raise_all(
         RefusedError, (text for it, lora in zip(opened, loras, strict=True) for text in _problems(it, lora, plain))
     )
+    loras = [
+        with_principal_parts(lora, ckpt) if begins_with_principal_parts(it) else lora
+        for it, lora in zip(opened, loras, strict=True)
+    ]
     if requantize and not quantized:
         raise UsageError("merge-lora: requantize: no weight of the model is quantised.")
     kept = ckpt if requantize else plain
@@ -95,6 +100,7 @@ def _kind_problems(adapter: Checkpoint) -> Iterator[str]:
     config = adapter.config.value
     if config.get("peft_type") != "LORA":
         yield f"adapter_config.json: peft_type is {config.get('peft_type')!r}; only LORA can be merged."
+    yield from start_problems(adapter)
     for key in ("layer_replication", "trainable_token_indices"):
         if config.get(key):
             yield f"adapter_config.json: {key!r} is {config[key]!r}, which no weight of the model can hold."

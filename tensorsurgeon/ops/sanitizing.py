@@ -12,9 +12,11 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.lora import PREFIX, SERVED_RANKS, Lora, LoraModule, lora_config, pair_names, read_lora, target_names
 from tensorsurgeon.ops.dequantization import dequantize
+from tensorsurgeon.ops.principal import with_principal_parts
 from tensorsurgeon.ops.servable import (
     PROFILES,
     Profile,
+    begins_with_principal_parts,
     broken_values,
     config_problems,
     group_of,
@@ -34,7 +36,8 @@ def sanitize_lora(ckpt: Checkpoint, for_: Profile = "vllm", base: Model | None =
     """Check an adapter against what an engine takes, mend what can be mended without loss, and drop only what must be.
 
     Names and prefix, `target_modules`, patterns of ranks and alphas and rsLoRA (folded into B, so that the scale is 1
-    everywhere), and a rank that vLLM does not serve (filled up with zeros) are mended. Norms, biases and modules that
+    everywhere), PiSSA (with the base, plain pairs of twice the rank), and a rank that vLLM does not serve (filled up
+    with zeros) are mended. Norms, biases and modules that
     were trained as a whole are dropped where the engine holds none, with how much is lost; `merge-lora` into the base
     keeps them. The rank to serve with is in the report.
 
@@ -54,6 +57,13 @@ def sanitize_lora(ckpt: Checkpoint, for_: Profile = "vllm", base: Model | None =
     raise_all(RefusedError, pair_problems(ckpt, renamed, model, PROFILES[for_]))
     if not running().planned:
         raise_all(RefusedError, broken_values(ckpt))
+    if begins_with_principal_parts(ckpt):
+        if model is None:
+            raise RefusedError(
+                "adapter_config.json: init_lora_weights is 'pissa'; --base is needed to make plain pairs."
+            )
+        renamed = with_principal_parts(renamed, model)
+        mended.append("PiSSA's pairs are plain ones of twice the rank, for the base as it is.")
     return _sanitized(ckpt, renamed, model, for_, mended)
 
 

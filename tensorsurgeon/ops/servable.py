@@ -66,12 +66,18 @@ def config_problems(ckpt: Checkpoint) -> Iterator[str]:
     for key in NOT_SERVED:
         if config.get(key):
             yield f"adapter_config.json: {key!r} is {config[key]!r}; merge the adapter into its base instead."
-    start = config.get("init_lora_weights", True)
-    if (
-        isinstance(start, str)
-        and start.lower().startswith(("pissa", "olora", "corda", "loftq", "eva"))
-        and start != "eva"
-    ):
+    yield from start_problems(ckpt)
+
+
+def begins_with_principal_parts(ckpt: Checkpoint) -> bool:
+    """Tell whether an adapter is PiSSA's, whose pairs belong to a base without its principal part."""
+    return str(ckpt.config.value.get("init_lora_weights")).lower() == "pissa"
+
+
+def start_problems(ckpt: Checkpoint) -> Iterator[str]:
+    """Yield why the pairs belong to a base that was changed when training began, in a way that is not known here."""
+    start = ckpt.config.value.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE) and not begins_with_principal_parts(ckpt):
         yield (
             f"adapter_config.json: init_lora_weights is {start!r}: the pairs belong to a base that was changed when "
             "training began. Let PEFT convert it when saving (path_initial_model_for_weight_conversion)."
