@@ -231,6 +231,21 @@ def test_neither_memory_nor_threads_change_a_byte(base: Path, full: Path, tmp_pa
         assert (tmp_path / "usual" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+@pytest.mark.parametrize("settings", [Running(memory=2**22), Running(threads=1), Running(threads=4, memory=2**34)])
+def test_neither_changes_a_byte_where_a_krylov_space_is_grown(tmp_path: Path, settings: Running) -> None:
+    generator = torch.Generator().manual_seed(1)
+    config = {"model_type": "llama", "num_hidden_layers": 3, "architectures": ["LlamaForCausalLM"]}
+    for name in ("base", "tuned"):
+        weights = {
+            f"model.layers.{n}.mlp.up_proj.weight": torch.randn(1100, 900, generator=generator) for n in range(3)
+        }
+        make.save(tmp_path / name, weights, config)
+    extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "usual", rank=8)
+    with run_under(settings):
+        extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "other", rank=8)
+    assert make.contents(tmp_path / "usual") == make.contents(tmp_path / "other")
+
+
 def test_a_plan_reads_no_weights(base: Path, full: Path, tmp_path: Path) -> None:
     with run_under(Running(planned=True)):
         planned = ts.ops.extract_lora(ts.open(full), base=str(base), rank=4, include=["embedding"])
