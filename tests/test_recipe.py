@@ -300,10 +300,9 @@ def test_the_schema_has_every_operation_with_its_parameters() -> None:
         described = form["properties"][name]
         assert (form["type"], list(form["properties"]), form["additionalProperties"]) == ("object", [name], False)
         assert described["additionalProperties"] is False
-        assert list(described["properties"]) == [each.name.rstrip("_") for each in parameters]
-        assert described.get("required", []) == [
-            each.name.rstrip("_") for each in parameters if each.default is each.empty
-        ]
+        words = {each.name.rstrip("_"): each.default is each.empty for each in parameters}
+        assert list(described["properties"]) == list(words)
+        assert described.get("required", []) == [word for word, required in words.items() if required]
 
 
 def test_the_schema_says_what_a_recipe_needs_and_allows() -> None:
