@@ -44,7 +44,9 @@ def architectures_table() -> str:
 def refused_types() -> str:
     """Return the model types of which no sequence can be said, each with its reason."""
     listed = "; ".join(f"`{kind}` ({why})" for kind, why in sorted(REFUSED.items()))
-    return textwrap.fill(f"{listed}.", 116, break_long_words=False, break_on_hyphens=False)
+    before = "These are never re-ordered: "
+    text = textwrap.fill(f"{before}{listed}.", 116, break_long_words=False, break_on_hyphens=False)
+    return text.removeprefix(before)
 
 
 GENERATED: dict[str, tuple[re.Pattern[str], Callable[[], str]]] = {
