@@ -8,6 +8,7 @@ from typing import Any
 
 from tensorsurgeon.arrangement import Arrangement, Origin
 from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.config import SETTINGS_FILES
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.module_lists import renamed_files
 from tensorsurgeon.names import layer_name
@@ -112,7 +113,9 @@ def _columns(sources: Sequence[LazyTensor], origins: Sequence[Origin], width: in
 def _files(arrangement: Arrangement) -> dict[str, SideFile]:
     """Return the side files that speak of layers, edited."""
     ckpt = arrangement.models[0]
-    edited: dict[str, SideFile] = dict(renamed_files(ckpt, arrangement.renamings()[0]))
+    edited: dict[str, SideFile] = {}
+    if ckpt.files.keys() & set(SETTINGS_FILES):
+        edited |= renamed_files(ckpt, arrangement.renamings()[0])
     settings = _generation(ckpt)
     if any(key in settings for key in EARLY_EXITS):
         kept = {key: value for key, value in settings.items() if key not in EARLY_EXITS}
