@@ -128,6 +128,11 @@ class Checkpoint:
         return find_roles({name: tensor.shape for name, tensor in self.tensors.items()}, self.config.value, stack)
 
 
+def all_sources(*ckpts: Checkpoint) -> tuple[Source, ...]:
+    """Return the directories that checkpoints read from, each once."""
+    return tuple({source.directory: source for ckpt in ckpts for source in ckpt.sources}.values())
+
+
 def open_checkpoint(location: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint: a directory, or a hub id such as `Qwen/Qwen3-8B-FP8` or `org/name@revision`.
 

@@ -26,6 +26,12 @@ PREFIX = "base_model.model."
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 takes as `--max-lora-rank`."""
 
+
+def served_rank(rank: int) -> int | None:
+    """Return the least rank that vLLM takes and that is as high, or None for one above all."""
+    return next((served for served in SERVED_RANKS if served >= rank), None)
+
+
 _KEY = re.compile(
     r"^(?P<prefix>base_model\.model\.)?(?P<module>.+?)\."
     r"(?:(?P<part>lora_[AB]|lora_magnitude_vector)(?:\.(?P<adapter>\w+))??(?P<weight>\.weight|\.bias)?"
@@ -133,11 +139,19 @@ class LoraModule(NamedTuple):
     rank: int = 0
 
     @property
+    def factors(self) -> tuple[LazyTensor, LazyTensor]:
+        """A and B, of a pair that was found to be whole."""
+        assert self.a is not None
+        assert self.b is not None
+        return self.a, self.b
+
+    @property
     def squares(self) -> float:
         """The sum of squares of what is added to the weight, in float64; both factors are read."""
         from tensorsurgeon.kernels.pairs import product_squares
 
-        return product_squares(self.a.read(), self.b.read()) * self.scale**2 if self.a and self.b else 0.0
+        a, b = self.factors
+        return product_squares(a.read(), b.read()) * self.scale**2
 
 
 class Lora(NamedTuple):
@@ -176,14 +190,21 @@ def read_lora(ckpt: Checkpoint) -> Lora:
     return Lora(modules, whole, tuple(unknown), keys)
 
 
+def half_pairs(lora: Lora) -> Iterator[str]:
+    """Yield the pairs of which one factor is missing."""
+    for module, held in lora.modules.items():
+        if held.a is None or held.b is None:
+            found, lost = ("A", "B") if held.b is None else ("B", "A")
+            yield f"{module}: has lora_{found} but no lora_{lost}; half a pair."
+
+
 def shape_problems(lora: Lora, base: Checkpoint, transposed: bool) -> Iterator[str]:
-    """Yield what keeps an adapter's factors from fitting a model's weights."""
+    """Yield what keeps whole pairs from fitting a model's weights."""
     for module, (a, b, embedding, *_) in lora.modules.items():
         weight = base.tensors.get(f"{module}.weight") or base.tensors.get(module)
         if a is None or b is None:
-            found, lost = ("A", "B") if b is None else ("B", "A")
-            yield f"{module}: has lora_{found} but no lora_{lost}; half a pair."
-        elif weight is None:
+            continue
+        if weight is None:
             yield f"{module}: the base has no such module; an engine would drop the pair without a word."
         elif len(weight.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:
             yield f"{module}: has shape {list(weight.shape)}; a pair of factors belongs to two dimensions."

@@ -32,6 +32,14 @@ _layers = _checked_by(
 _named_layers = _checked_by(parse_named_layers, {"anyOf": [{"type": "string"}, {"type": "integer"}]})
 
 
+def _parse_model(value: Any, name: str = "model") -> Any:
+    """Return a model that is given as a directory or hub id, as a recipe without a destination, or as a Checkpoint."""
+    is_recipe = isinstance(value, Mapping) and set(value) <= {"source", "steps"} and value.get("source")
+    if not (value and (is_recipe or isinstance(value, str | Checkpoint))):
+        raise UsageError(f"{name!r} is neither a directory or hub id, nor {{source: …, steps: […]}}")
+    return value
+
+
 def _parse_models(value: Any) -> dict[str, Any]:
     """Return models by name, given as a mapping or as texts such as `instruct=DIR`."""
     if not isinstance(value, Mapping):
@@ -40,17 +48,15 @@ def _parse_models(value: Any) -> dict[str, Any]:
         value = dict(split)
         if len(value) < len(pairs) or not all(value.values()):
             raise UsageError(f"{', '.join(map(str, pairs))!r} is not NAME=MODEL, each name once")
-    for name, model in value.items():
-        is_recipe = isinstance(model, Mapping) and set(model) <= {"source", "steps"} and model.get("source")
-        if not (name and isinstance(name, str) and model and (is_recipe or isinstance(model, str | Checkpoint))):
-            raise UsageError(f"{name!r} is neither a directory or hub id, nor {{source: …, steps: […]}}")
-    return dict(value)
+    return {
+        name: _parse_model(model if name and isinstance(name, str) else None, name) for name, model in value.items()
+    }
 
 
 def _parse_several(value: Any) -> tuple[Any, ...]:
     """Return models given one by one, as text, mappings or Checkpoints."""
     items = [value] if isinstance(value, str | Mapping | Checkpoint) else list(value)
-    return tuple(_parse_models({"model": item})["model"] for item in items)
+    return tuple(_parse_model(item) for item in items)
 
 
 def _parse_scales(value: Any) -> tuple[float, ...]:
@@ -87,9 +93,7 @@ NamedLayers = Annotated[tuple[NamedLayer, ...], *_named_layers]
 """A layer sequence in which models may be named."""
 Models = Annotated[dict[str, Any], *_models]
 """Further models by name: a directory or hub id, or `{source: …, steps: […]}`; in Python also a Checkpoint."""
-Model = Annotated[
-    Any, *_checked_by(lambda value: _parse_models({"model": value})["model"], {"type": ["string", "object"]})
-]
+Model = Annotated[Any, *_checked_by(_parse_model, {"type": ["string", "object"]})]
 """A further model: a directory or hub id, or `{source: …, steps: […]}`; in Python also a Checkpoint."""
 Ranks = Annotated[
     dict[str, int], *_checked_by(_parse_ranks, {"type": "object", "additionalProperties": {"type": "integer"}})

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Container, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -23,6 +22,7 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.engines import Engine, with_engine_warnings
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.format import BITS, Span, header_bytes, join
+from tensorsurgeon.running import MEMORY, cores
 from tensorsurgeon.sizes import format_size
 from tensorsurgeon.source import SideFile
 from tensorsurgeon.tensor import LazyTensor
@@ -31,7 +31,6 @@ PAGE = 4096
 """Bytes of a page of memory, which is what file systems share extents in multiples of, and write directly in."""
 
 SHARD_SIZE = 5_000_000_000
-MEMORY = 2**30
 COPY_BYTES = 4 * 2**20
 """Most bytes that one task copies at once: so few are still in the processor's cache when they are hashed."""
 BLOCK_MEMORY = 48 * 2**20
@@ -162,7 +161,7 @@ def make_plan(
             `target` reads otherwise than it is meant.
     """
     ckpt = with_engine_warnings(ckpt, target)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cores()
     shards = tuple(_shards(ckpt, max_shard_size or ckpt.shard_size or SHARD_SIZE))
     files = {ckpt.layout.config: ckpt.config.encode(), **ckpt.files}
     if len(shards) > 1:

@@ -14,6 +14,12 @@ from threading import Condition
 from typing import NamedTuple
 
 MEMORY = 2**30
+"""Most bytes that blocks of tensors take together where nothing else is said."""
+
+
+def cores() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 class Running(NamedTuple):
@@ -27,7 +33,7 @@ class Running(NamedTuple):
     @property
     def workers(self) -> int:
         """Number of threads: as many as there are cores where none is given."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or cores()
 
 
 _USUAL = Running()

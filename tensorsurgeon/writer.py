@@ -29,9 +29,10 @@ from tensorsurgeon.document import render
 from tensorsurgeon.durable import explaining, fsync_directory, write_small
 from tensorsurgeon.engines import Engine
 from tensorsurgeon.errors import CheckpointError, DestinationError
-from tensorsurgeon.plan import MEMORY, Plan, ShardPlan, file_size, make_plan
+from tensorsurgeon.plan import Plan, ShardPlan, file_size, make_plan
 from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.receipt import make_receipt
+from tensorsurgeon.running import MEMORY
 from tensorsurgeon.sharing import find_clones, shareable
 from tensorsurgeon.sizes import format_size, parse_size
 from tensorsurgeon.source import RECEIPT

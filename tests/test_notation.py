@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,16 +75,20 @@ def test_the_notation(text: str, layers: list[int]) -> None:
     assert parse_layers(text) == tuple(layers)
 
 
-@pytest.mark.parametrize(("text", "expected"), WRONG.items(), ids=[text[:20] or "empty" for text in WRONG])
-def test_an_error_points_at_its_place(text: str, expected: tuple[int, str]) -> None:
-    column, complaint = expected
+def points_at(parse: Callable[[str], object], text: str, column: int, complaint: str) -> None:
+    """Fail unless parsing the text complains, and points at a column."""
     with pytest.raises(UsageError) as caught:
-        parse_layers(text)
+        parse(text)
     message, echo, pointer = str(caught.value).split("\n")
     assert complaint in message
     assert f"at character {column + 1}," in message
     assert echo == "    " + text
     assert pointer == "    " + " " * column + "^"
+
+
+@pytest.mark.parametrize(("text", "expected"), WRONG.items(), ids=[text[:20] or "empty" for text in WRONG])
+def test_an_error_points_at_its_place(text: str, expected: tuple[int, str]) -> None:
+    points_at(parse_layers, text, *expected)
 
 
 @pytest.mark.parametrize(("given", "layers"), [(4, (4,)), ([3, 1, 1], (3, 1, 1)), (range(3), (0, 1, 2)), ((), ())])
@@ -195,14 +201,7 @@ def test_without_names_the_notation_means_the_same(text: str, layers: list[int])
 
 @pytest.mark.parametrize(("text", "expected"), [*WRONG_NAMES.items(), *WRONG.items()])
 def test_an_error_among_names_points_at_its_place(text: str, expected: tuple[int, str]) -> None:
-    column, complaint = expected
-    with pytest.raises(UsageError) as caught:
-        parse_named_layers(text)
-    message, echo, pointer = str(caught.value).split("\n")
-    assert complaint in message
-    assert f"at character {column + 1}," in message
-    assert echo == "    " + text
-    assert pointer == "    " + " " * column + "^"
+    points_at(parse_named_layers, text, *expected)
 
 
 @pytest.mark.parametrize(("text", "column"), [("base:0", 1), ("0-3,base:0", 5), ("(1,x.y : 2)", 4)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.quantized import PACKED, fp8_block, quantized_tensors
 from tensorsurgeon.receipt import seal
 from tensorsurgeon.registry import Findings, exam
+from tensorsurgeon.running import cores
 from tensorsurgeon.source import INDEX, RECEIPT, SINGLE
 
 CHUNK = 4 * 2**20
@@ -203,7 +203,7 @@ def _receipt(directory: Path) -> Problems:
     )
     names = sorted(files.keys() & present)
     total = sum((directory / name).stat().st_size for name in names)
-    with progress_bar(total, "receipt") as advance, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with progress_bar(total, "receipt") as advance, ThreadPoolExecutor(cores()) as pool:
         digests = pool.map(lambda name: _sha256(directory / name, advance), names)
         for name, digest in zip(names, digests, strict=True):
             if digest != files[name]:

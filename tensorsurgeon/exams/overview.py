@@ -9,7 +9,7 @@ from typing import Any
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import CheckpointError
-from tensorsurgeon.lora import SERVED_RANKS, Lora, read_lora
+from tensorsurgeon.lora import Lora, read_lora, served_rank
 from tensorsurgeon.names import companions
 from tensorsurgeon.parameters import Glob
 from tensorsurgeon.quantized import PACKED, format_name, quantized_tensors
@@ -59,7 +59,6 @@ def _adapter_row(ckpt: Checkpoint, lora: Lora) -> dict[str, Any]:
     config = ckpt.config.value
     ranks = [held.rank for held in lora.modules.values()] or [0]
     variants = [word for key, word in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if config.get(key)]
-    served = next((rank for rank in SERVED_RANKS if rank >= max(ranks)), None)
     return {
         "name": ckpt.sources[0].name,
         "adapter": " ".join([str(config.get("peft_type")), *variants]),
@@ -68,7 +67,7 @@ def _adapter_row(ckpt: Checkpoint, lora: Lora) -> dict[str, Any]:
         "ranks": ", ".join(map(str, sorted(set(ranks)))),
         "scales": ", ".join(sorted({f"{held.scale:g}" for held in lora.modules.values()})) or "-",
         "whole tensors": len(lora.whole),
-        "max-lora-rank": served or "none is high enough",
+        "max-lora-rank": served_rank(max(ranks)) or "none is high enough",
         "parameters": sum(prod(tensor.shape) for tensor in ckpt.tensors.values()),
         "warnings": "; ".join(ckpt.warnings) or "none",
     }

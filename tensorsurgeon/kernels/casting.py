@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tensorsurgeon.errors import RefusedError
@@ -11,6 +13,13 @@ CHUNK = 2**18
 """Elements rounded at once: temporary tensors stay in the cache, and out of the memory's account."""
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def as_block(tensor: torch.Tensor, dtype: str) -> Block:
+    """Return a tensor as rows of a dtype, rounded to nearest, ties to even."""
+    made = tensor.to(TORCH[dtype]).contiguous().cpu()
+    data: Any = made.view(torch.uint8).numpy().data
+    return Block(dtype, tuple(tensor.shape), data.cast("B"))
 
 
 def cast_block(block: Block, dtype: str) -> Block:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from tensorsurgeon.errors import UsageError
-from tensorsurgeon.kernels.arrays import as_float32
+from tensorsurgeon.kernels.casting import TORCH, as_block
 from tensorsurgeon.kernels.lowrank import (
     Factors,
     Matrix,
@@ -30,8 +30,6 @@ from tensorsurgeon.tensor import Block, LazyTensor
 
 GUESS = 32
 """The rank that is expected where a share is asked for."""
-CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Delta(NamedTuple):
@@ -209,7 +207,7 @@ def _matrix(delta: Delta, sums: Sums, kept: list[Tensor] | None, device: str) ->
 def _stored(matrix: Matrix, factors: Factors, rank_step: tuple[int, ...], dtype: str) -> Pair:
     found = len(factors.squares)
     rank = next((step for step in rank_step if step >= found), found)
-    left, right = balanced(factors, rank, DTYPES[dtype])
+    left, right = balanced(factors, rank, TORCH[dtype])
     captured = float(factors.squares.sum())
     least = max(matrix.total - captured - factors.slack, 0.0)
     return Pair(left, right, found, captured, squared_error(matrix, left, right), least)
@@ -224,16 +222,7 @@ def _tile_pairs(delta: Delta) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _numbers(block: Block, columns: int) -> Tensor:
-    if block.dtype not in CODES:
-        return torch.from_numpy(as_float32(block)).reshape(-1, columns)
-    return torch.frombuffer(block.data, dtype=CODES[block.dtype]).float().reshape(-1, columns)
-
-
-def as_block(tensor: Tensor, dtype: str) -> Block:
-    """Return a tensor as rows of a dtype, rounded to nearest, ties to even."""
-    made = tensor.to(CODES[dtype]).contiguous().cpu()
-    data: Any = made.view(torch.uint8).numpy().data
-    return Block(dtype, tuple(tensor.shape), data.cast("B"))
+    return torch.frombuffer(block.data, dtype=TORCH[block.dtype]).float().reshape(-1, columns)
 
 
 def _block(tensor: Tensor) -> Block:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tensorsurgeon.kernels.arrays import as_float32
-from tensorsurgeon.kernels.deltas import as_block
+from tensorsurgeon.kernels.casting import as_block
 from tensorsurgeon.tensor import Block
 
 LARGEST = 448.0

@@ -7,12 +7,8 @@ from typing import NamedTuple
 import torch
 
 from tensorsurgeon.kernels.arrays import as_float32
-from tensorsurgeon.kernels.casting import cast_block
-from tensorsurgeon.kernels.deltas import as_block
+from tensorsurgeon.kernels.casting import as_block, cast_block
 from tensorsurgeon.tensor import Block
-
-TILE = 128
-"""Rows that are multiplied at once: always as many, so that sums come out the same whatever the block."""
 
 
 class Term(NamedTuple):
@@ -23,12 +19,14 @@ class Term(NamedTuple):
     dora: bool
 
 
-def add_factors(start: int, weight: Block, others: tuple[Block, ...], terms: tuple[Term, ...], dtype: str) -> Block:
+def add_factors(
+    start: int, weight: Block, others: tuple[Block, ...], terms: tuple[Term, ...], tile: int, dtype: str
+) -> Block:
     """Return rows `start` and on of `W + s B A`, one term after the other, in `dtype`.
 
-    `others` are, for each term, A, B and, for DoRA, the lengths; all of them whole. Of a transposed product
-    `(B A)'` is added. DoRA (Liu et al., 2024, arXiv 2402.09353) gives each row of the sum its length:
-    `W' = m (W + s B A) / |W + s B A|`.
+    `tile` rows are multiplied at once. `others` are, for each term, A, B and, for DoRA, the lengths; all of them
+    whole. Of a transposed product `(B A)'` is added. DoRA (Liu et al., 2024, arXiv 2402.09353) gives each row of
+    the sum its length: `W' = m (W + s B A) / |W + s B A|`.
     """
     numbers = torch.from_numpy(as_float32(weight))
     left = list(others)
@@ -36,8 +34,8 @@ def add_factors(start: int, weight: Block, others: tuple[Block, ...], terms: tup
         a, b = (torch.from_numpy(as_float32(left.pop(0))) for _ in range(2))
         rows, columns = (a.T, b.T) if transposed else (b, a)
         lengths = torch.from_numpy(as_float32(left.pop(0))).reshape(-1) if dora else None
-        for begin in range(0, len(numbers), TILE):
-            part = slice(begin, min(begin + TILE, len(numbers)))
+        for begin in range(0, len(numbers), tile):
+            part = slice(begin, min(begin + tile, len(numbers)))
             place = slice(start + part.start, start + part.stop)
             numbers[part] += scale * (rows[place].contiguous() @ columns.contiguous())
             if lengths is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorsurgeon import document
-from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.lora import PREFIX, lora_config, pair_names, target_names
+from tensorsurgeon.checkpoint import Checkpoint, all_sources
+from tensorsurgeon.lora import PREFIX, lora_config, pair_names, served_rank, target_names
 from tensorsurgeon.ops.extracting import Extracted, Module
 from tensorsurgeon.source import ADAPTER
 from tensorsurgeon.tensor import Block, LazyTensor
@@ -33,12 +33,12 @@ class Made(NamedTuple):
     base_name: str
 
 
-def planned_adapter(made: Made, dtype: str, steps: Sequence[int]) -> Checkpoint:
+def planned_adapter(made: Made, dtype: str, pad_rank: bool) -> Checkpoint:
     """Return the adapter as it will be if no delta is zero, of which nothing can be read."""
     tensors: dict[str, LazyTensor] = {}
     ranks = {}
     for module in made.modules:
-        rank = next((step for step in steps if step >= module.value), int(module.value))
+        rank = (served_rank(int(module.value)) if pad_rank else None) or int(module.value)
         names, shapes = pair_names(module.path, module.embedding), module.shapes(rank)
         ranks[module.path] = rank
         tensors |= {
@@ -82,13 +82,12 @@ def _checkpoint(made: Made, tensors: dict[str, LazyTensor], ranks: Mapping[str, 
         sorted({name.rpartition(".")[0] for name in made.norms}),
         transposed,
     )
-    sources = {source.directory: source for source in (*made.given.sources, *made.base.sources)}
     return Checkpoint(
         {**tensors, **whole},
         document.parse(json.dumps(config, indent=2)),
         {},
         {"format": "pt"},
-        tuple(sources.values()),
+        all_sources(made.given, made.base),
         steps=made.given.steps,
         layout=ADAPTER,
     )

@@ -55,3 +55,8 @@ def dequantize(ckpt: Checkpoint, dtype: FloatName = "bfloat16") -> Checkpoint:
     }
     files = {name: file for name, file in ckpt.files.items() if name not in SETTINGS_FILES}
     return ckpt.replace(tensors=tensors, files=files, config=without_quantization(ckpt.config.value, dtype))
+
+
+def as_plain(ckpt: Checkpoint, dtype: FloatName = "float32") -> Checkpoint:
+    """Return a checkpoint to compute with: decoded to `dtype` where it is quantised, else as it is."""
+    return dequantize(ckpt, dtype) if quantized_tensors(ckpt.tensors) else ckpt

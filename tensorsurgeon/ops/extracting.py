@@ -15,14 +15,13 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.format import Span
 from tensorsurgeon.progress import progress_bar
+from tensorsurgeon.quantized import PLAIN
 from tensorsurgeon.roles import Role
 from tensorsurgeon.running import Budget, running
 from tensorsurgeon.tensor import Block, LazyTensor
 
 if TYPE_CHECKING:
     from tensorsurgeon.kernels.deltas import Delta, Pair, Sums
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Module(NamedTuple):
@@ -143,7 +142,7 @@ def _deltas(tuned: Checkpoint, base: Checkpoint, modules: Sequence[Module]) -> I
     chosen = {module.name: (module.base, module.tuned) for module in modules}
     pairs = {name: (it, tuned.tensors.get(name)) for name, it in base.tensors.items()}
     for name, (original, other) in (pairs | chosen).items():
-        if other is None or other.dtype not in FLOATS or original.dtype not in FLOATS or not original.nbytes:
+        if other is None or other.dtype not in PLAIN or original.dtype not in PLAIN or not original.nbytes:
             continue
         if other.shape == original.shape or (name in chosen and other.shape[1:] == original.shape[1:]):
             rows = min(other.rows, original.rows)

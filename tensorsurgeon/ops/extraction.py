@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, UsageError, raise_all
 from tensorsurgeon.lora import SERVED_RANKS
 from tensorsurgeon.names import matching
 from tensorsurgeon.ops.accounting import Made, made_adapter, planned_adapter
-from tensorsurgeon.ops.dequantization import dequantize
+from tensorsurgeon.ops.dequantization import DTYPES, as_plain
 from tensorsurgeon.ops.extracting import Module, extracted
 from tensorsurgeon.parameters import Count, Glob, Model, Ranks, Share, Words
-from tensorsurgeon.quantized import quantized_tensors
 from tensorsurgeon.registry import open_model, operation
 from tensorsurgeon.roles import Role
 from tensorsurgeon.running import running
 from tensorsurgeon.tensor import LazyTensor
 
-if TYPE_CHECKING:
-    pass
-
 LINEAR = ("attention", "mixer", "mlp", "expert")
 """Groups of roles whose matrices a LoRA is made for."""
 INCLUDABLE = ("embedding", "head", "norm")
 HEAD = "lm_head.weight"
-CODES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 @operation
@@ -76,7 +71,7 @@ def extract_lora(
     unknown = sorted(set(include or ()) - set(INCLUDABLE))
     raise_all(UsageError, (f"extract-lora: include: {it!r} is none of {', '.join(INCLUDABLE)}." for it in unknown))
     original = open_model(base)
-    tuned, plain = _plain(ckpt), _plain(original)
+    tuned, plain = as_plain(ckpt), as_plain(original)
     raise_all(RefusedError, _mismatches(tuned, plain))
     chosen = _Choice(given[0], ranks or {}, exclude, include or (), vocabulary == "cut", experts == "each")
     modules, problems = _modules(tuned, plain, chosen)
@@ -85,8 +80,8 @@ def extract_lora(
     steps = SERVED_RANKS if pad_rank else ()
     name = base if isinstance(base, str) else original.sources[0].name
     if running().planned and given[0][0] == "rank":
-        return planned_adapter(Made(ckpt, original, tuned, plain, modules, norms, name), CODES[dtype], steps)
-    sums, pairs = extracted(tuned, plain, modules, steps, dtype, device)
+        return planned_adapter(Made(ckpt, original, tuned, plain, modules, norms, name), DTYPES[dtype], pad_rank)
+    sums, pairs = extracted(tuned, plain, modules, steps, DTYPES[dtype], device)
     changed = [name for name in norms if name in sums and sums[name].delta]
     return made_adapter(Made(ckpt, original, tuned, plain, modules, changed, name), sums, pairs)
 
@@ -100,10 +95,6 @@ class _Choice(NamedTuple):
     include: Container[str]
     cut: bool
     experts: bool
-
-
-def _plain(ckpt: Checkpoint) -> Checkpoint:
-    return dequantize(ckpt, "float32") if quantized_tensors(ckpt.tensors) else ckpt
 
 
 def _mismatches(tuned: Checkpoint, base: Checkpoint) -> Iterator[str]:

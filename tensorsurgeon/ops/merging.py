@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.checkpoint import Checkpoint, all_sources
 from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import RefusedError, UsageError, raise_all
-from tensorsurgeon.lora import Lora, LoraModule, read_lora, shape_problems
-from tensorsurgeon.ops.dequantization import FloatName, dequantize
+from tensorsurgeon.lora import Lora, LoraModule, half_pairs, read_lora, shape_problems
+from tensorsurgeon.ops.dequantization import FloatName, as_plain
 from tensorsurgeon.ops.dtypes import cast_tensor
 from tensorsurgeon.ops.principal import with_principal_parts
-from tensorsurgeon.ops.servable import Profile, begins_with_principal_parts, dropped_by, start_problems
+from tensorsurgeon.ops.servable import Profile, begins_with_principal_parts, dropped_by, kind_problems
 from tensorsurgeon.parameters import Scales, Several
 from tensorsurgeon.quantized import fp8_block, quantized_tensors
 from tensorsurgeon.registry import open_model, operation
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FLOATS = ("F32", "F16", "BF16")
 TILE = 128
-"""Rows that are computed together."""
+"""Rows that are multiplied at once: always as many, so that sums come out the same whatever the block."""
 
 
 @operation
@@ -59,13 +59,12 @@ def merge_lora(
     raise_all(RefusedError, (text for it in opened for text in _kind_problems(it)))
     loras = [dropped_by(read_lora(it), ckpt, rest_of) if rest_of else read_lora(it) for it in opened]
     quantized = bool(quantized_tensors(ckpt.tensors))
-    plain = dequantize(ckpt, dtype) if quantized else ckpt
-    exact = dequantize(ckpt, "float32") if quantized else ckpt
+    plain, exact = as_plain(ckpt, dtype), as_plain(ckpt)
     raise_all(
         RefusedError, (text for it, lora in zip(opened, loras, strict=True) for text in _problems(it, lora, plain))
     )
     loras = [
-        with_principal_parts(lora, ckpt) if begins_with_principal_parts(it) else lora
+        with_principal_parts(lora, exact) if begins_with_principal_parts(it) else lora
         for it, lora in zip(opened, loras, strict=True)
     ]
     if requantize and not quantized:
@@ -89,18 +88,12 @@ def merge_lora(
             tensors[name], tensors[scale_name] = fp8_block.encode(merged, block, ckpt[scale_name].dtype)
         else:
             tensors[name] = _merged(before, kept[name].dtype, each)
-    sources = {source.directory: source for source in (*ckpt.sources, *(one for it in opened for one in it.sources))}
-    return kept.replace(tensors=tensors, sources=tuple(sources.values()), steps=ckpt.steps)
+    return kept.replace(tensors=tensors, sources=all_sources(ckpt, *opened), steps=ckpt.steps)
 
 
 def _kind_problems(adapter: Checkpoint) -> Iterator[str]:
-    if not adapter.is_adapter:
-        yield f"{adapter.sources[0].name}: is no PEFT adapter; it has no adapter_config.json."
-        return
+    yield from kind_problems(adapter)
     config = adapter.config.value
-    if config.get("peft_type") != "LORA":
-        yield f"adapter_config.json: peft_type is {config.get('peft_type')!r}; only LORA can be merged."
-    yield from start_problems(adapter)
     for key in ("layer_replication", "trainable_token_indices"):
         if config.get(key):
             yield f"adapter_config.json: {key!r} is {config[key]!r}, which no weight of the model can hold."
@@ -113,7 +106,7 @@ def _problems(adapter: Checkpoint, lora: Lora, base: Checkpoint) -> Iterator[str
         yield f"{name}: {key}: is of no kind that can be merged."
     config = adapter.config.value
     transposed = bool(config.get("fan_in_fan_out"))
-    yield from (f"{name}: {text}" for text in shape_problems(lora, base, transposed))
+    yield from (f"{name}: {text}" for text in (*half_pairs(lora), *shape_problems(lora, base, transposed)))
     for module, held in lora.modules.items():
         if not held.scale > 0 and held.a is not None:
             yield f"{name}: {module}: r and lora_alpha give no scale; the config is incomplete."
@@ -141,7 +134,7 @@ def _merged(weight: LazyTensor, dtype: str, parts: Sequence[tuple[LoraModule, Te
     def add(start: int, rows: Block, *others: Block) -> Block:
         from tensorsurgeon.kernels.merging import add_factors
 
-        return add_factors(start, rows, others, terms, dtype)
+        return add_factors(start, rows, others, terms, TILE, dtype)
 
     whole = [it for held, _ in parts for it in (held.a, held.b, held.magnitude) if it is not None]
     history = f"merge {[tuple(term) for term in terms]} to {dtype}"

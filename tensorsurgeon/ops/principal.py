@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.lora import Lora, LoraModule
-from tensorsurgeon.ops.dequantization import dequantize
+from tensorsurgeon.ops.dequantization import as_plain
 from tensorsurgeon.ops.dtypes import cast_tensor
-from tensorsurgeon.quantized import quantized_tensors
 from tensorsurgeon.running import Budget, running
 from tensorsurgeon.tensor import Block, LazyTensor, Rows, stacked
 
@@ -23,7 +22,7 @@ def with_principal_parts(lora: Lora, base: Checkpoint) -> Lora:
     """Return the adapter for the base as it is; every matrix of the base that has a pair is read and decomposed."""
     from tensorsurgeon.kernels.deltas import one_thread_each
 
-    plain = dequantize(base, "float32") if quantized_tensors(base.tensors) else base
+    plain = as_plain(base)
     budget = Budget(running().memory)
 
     def converted(module: str) -> LoraModule:
@@ -37,21 +36,20 @@ def _converted(module: str, held: LoraModule, weight: LazyTensor, budget: Budget
     from tensorsurgeon.kernels.deltas import Delta, Goal, Wish, explore
     from tensorsurgeon.kernels.pairs import beside, zeros_like
 
-    assert held.a is not None
-    assert held.b is not None
+    ours_a, ours_b = held.factors
     nothing = weight.rowwise(zeros_like, dtype="F32", history="zeros")
-    wish = Wish(Goal("rank", held.rank), (), "float32", zlib.crc32(module.encode()), "cpu")
+    wish = Wish(Goal("rank", held.rank), (), "F32", zlib.crc32(module.encode()), "cpu")
     pair = explore(Delta(weight, nothing, weight.rows), wish, budget, lambda count: None).pair
     if pair is None:
         return held
     right, left = (_in_memory(block, module) for block in pair.blocks(False))
-    a = stacked([Rows(cast_tensor(held.a, "F32"), 0, held.rank), Rows(right, 0, held.rank)])
+    a = stacked([Rows(cast_tensor(ours_a, "F32"), 0, held.rank), Rows(right, 0, held.rank)])
     scale = held.scale
 
     def join(ours: Block, principal: Block) -> Block:
         return beside(ours, scale, principal, -1.0)
 
-    b = held.b.rowwise(join, left, dtype="F32", history=f"times {scale!r}, less the principal part",
+    b = ours_b.rowwise(join, left, dtype="F32", history=f"times {scale!r}, less the principal part",
                        row_shape=(2 * held.rank,))  # fmt: skip
     return LoraModule(a, b, held.embedding, None, 1.0, 2 * held.rank)
 

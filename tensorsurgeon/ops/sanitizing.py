@@ -8,13 +8,24 @@ from math import frexp
 from typing import Any
 
 from tensorsurgeon import document
-from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.checkpoint import Checkpoint, all_sources
 from tensorsurgeon.errors import RefusedError, raise_all
-from tensorsurgeon.lora import PREFIX, SERVED_RANKS, Lora, LoraModule, lora_config, pair_names, read_lora, target_names
-from tensorsurgeon.ops.dequantization import dequantize
+from tensorsurgeon.lora import (
+    PREFIX,
+    SERVED_RANKS,
+    Lora,
+    LoraModule,
+    lora_config,
+    pair_names,
+    read_lora,
+    served_rank,
+    target_names,
+)
+from tensorsurgeon.ops.dequantization import as_plain
 from tensorsurgeon.ops.principal import with_principal_parts
 from tensorsurgeon.ops.servable import (
     PROFILES,
+    TABLES,
     Profile,
     begins_with_principal_parts,
     broken_values,
@@ -25,7 +36,6 @@ from tensorsurgeon.ops.servable import (
     target_of,
 )
 from tensorsurgeon.parameters import Model
-from tensorsurgeon.quantized import quantized_tensors
 from tensorsurgeon.registry import open_model, operation
 from tensorsurgeon.running import running
 from tensorsurgeon.tensor import Block, Input, LazyTensor
@@ -37,9 +47,8 @@ def sanitize_lora(ckpt: Checkpoint, for_: Profile = "vllm", base: Model | None =
 
     Names and prefix, `target_modules`, patterns of ranks and alphas and rsLoRA (folded into B, so that the scale is 1
     everywhere), PiSSA (with the base, plain pairs of twice the rank), and a rank that vLLM does not serve (filled up
-    with zeros) are mended. Norms, biases and modules that
-    were trained as a whole are dropped where the engine holds none, with how much is lost; `merge-lora` into the base
-    keeps them. The rank to serve with is in the report.
+    with zeros) are mended. Norms, biases and modules that were trained as a whole are dropped where the engine holds
+    none, with how much is lost; `merge-lora` into the base keeps them. The rank to serve with is in the report.
 
     Args:
         for_: The engine: vllm (0.32), vllm-minimal (no head or embeddings, as older engines), or peft.
@@ -74,7 +83,7 @@ def _sanitized(ckpt: Checkpoint, lora: Lora, base: Checkpoint | None, profile: s
     if not kept:
         raise RefusedError(f"sanitize-lora: nothing of the adapter can be served by {profile}.")
     rank = max(held.rank for held in kept.values())
-    served = next((it for it in SERVED_RANKS if it >= rank), 0)
+    served = served_rank(rank) or 0
     if not served and profile != "peft":
         raise RefusedError(f"sanitize-lora: the rank is {rank}; vLLM serves at most {SERVED_RANKS[-1]}.")
     stored = rank if profile == "peft" else served
@@ -85,16 +94,13 @@ def _sanitized(ckpt: Checkpoint, lora: Lora, base: Checkpoint | None, profile: s
     report |= {"mended": [{"mended": text} for text in mended]} if mended else {}
     dropped, lost = _dropped(lora, base, kept, whole)
     report |= {"dropped": dropped, "lost": [lost]} if dropped else {}
-    sources = {source.directory: source for source in (*ckpt.sources, *(base.sources if base else ()))}
     changed = ckpt.replace(
         tensors=_tensors(kept, whole, stored),
         config=document.parse(json.dumps(_config(ckpt, base, dict.fromkeys(kept, stored), whole), indent=2)),
-        sources=tuple(sources.values()),
+        sources=all_sources(ckpt, *([base] if base else [])),
         report=report,
     )
-    tables = sorted(
-        {name.rpartition(".")[2] for name in kept if group_of(name, kept[name], base) in ("embedding", "head")}
-    )
+    tables = sorted({name.rpartition(".")[2] for name in kept if group_of(name, kept[name], base) in TABLES})
     if tables and profile == "vllm" and base is None:
         changed = changed.warn(
             f"{' and '.join(tables)}: vLLM takes pairs for them with some models only; --base tells with which."
@@ -110,10 +116,8 @@ def _sanitized(ckpt: Checkpoint, lora: Lora, base: Checkpoint | None, profile: s
 def _tensors(kept: Mapping[str, LoraModule], whole: Mapping[str, LazyTensor], rank: int) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for module, held in kept.items():
-        assert held.a is not None
-        assert held.b is not None
-        a, b = pair_names(module, held.embedding)
-        tensors |= {a: _padded(held.a, rank), b: _scaled(held.b, held.scale, rank)}
+        names, (a, b) = pair_names(module, held.embedding), held.factors
+        tensors |= zip(names, (_padded(a, rank), _scaled(b, held.scale, rank)), strict=True)
         if held.magnitude is not None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = held.magnitude
     return tensors | {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
@@ -127,7 +131,8 @@ def _dropped(
         names = [name for name in (*lora.modules, *lora.whole) if name not in kept and name not in whole]
         return [{"dropped": name} for name in names], {"dropped": len(names)}
     pairs = {module: held.squares for module, held in lora.modules.items()}
-    others = {name: _difference(tensor, base, name) for name, tensor in lora.whole.items()}
+    plain = as_plain(base) if base else None
+    others = {name: _difference(tensor, plain, name) for name, tensor in lora.whole.items()}
     # PEFT saves embeddings along that it did not change.
     others = {name: squares for name, squares in others.items() if squares != 0}
     total = sum(pairs.values()) + sum(squares or 0.0 for squares in others.values())
@@ -148,8 +153,7 @@ def _difference(tensor: LazyTensor, base: Checkpoint | None, name: str) -> float
         return None
     from tensorsurgeon.kernels.pairs import difference_squares
 
-    plain = dequantize(base, "float32") if quantized_tensors(base.tensors) else base
-    return difference_squares(tensor.read(), plain[name].read())
+    return difference_squares(tensor.read(), base[name].read())
 
 
 def _config(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.lora import Lora, LoraModule, shape_problems
+from tensorsurgeon.lora import Lora, LoraModule, half_pairs, shape_problems
 from tensorsurgeon.names import layer_name
 from tensorsurgeon.roles import find_role
 
@@ -51,14 +51,28 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 """Ways to begin training that take something out of the base's weights."""
 
 
-def config_problems(ckpt: Checkpoint) -> Iterator[str]:
-    """Yield what in an adapter's config keeps it from being served."""
+def kind_problems(ckpt: Checkpoint) -> Iterator[str]:
+    """Yield why something is no LoRA adapter, or one whose pairs belong to a base that was changed."""
     if not ckpt.is_adapter:
         yield f"{ckpt.sources[0].name}: is no PEFT adapter; it has no adapter_config.json."
         return
     config = ckpt.config.value
     if config.get("peft_type") != "LORA":
         yield f"adapter_config.json: peft_type is {config.get('peft_type')!r}, not 'LORA'."
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE) and not begins_with_principal_parts(ckpt):
+        yield (
+            f"adapter_config.json: init_lora_weights is {start!r}: the pairs belong to a base that was changed when "
+            "training began. Let PEFT convert it when saving (path_initial_model_for_weight_conversion)."
+        )
+
+
+def config_problems(ckpt: Checkpoint) -> Iterator[str]:
+    """Yield what in an adapter's config keeps it from being served."""
+    yield from kind_problems(ckpt)
+    if not ckpt.is_adapter:
+        return
+    config = ckpt.config.value
     for key in ("r", "lora_alpha"):
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
@@ -66,22 +80,11 @@ def config_problems(ckpt: Checkpoint) -> Iterator[str]:
     for key in NOT_SERVED:
         if config.get(key):
             yield f"adapter_config.json: {key!r} is {config[key]!r}; merge the adapter into its base instead."
-    yield from start_problems(ckpt)
 
 
 def begins_with_principal_parts(ckpt: Checkpoint) -> bool:
     """Tell whether an adapter is PiSSA's, whose pairs belong to a base without its principal part."""
     return str(ckpt.config.value.get("init_lora_weights")).lower() == "pissa"
-
-
-def start_problems(ckpt: Checkpoint) -> Iterator[str]:
-    """Yield why the pairs belong to a base that was changed when training began, in a way that is not known here."""
-    start = ckpt.config.value.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE) and not begins_with_principal_parts(ckpt):
-        yield (
-            f"adapter_config.json: init_lora_weights is {start!r}: the pairs belong to a base that was changed when "
-            "training began. Let PEFT convert it when saving (path_initial_model_for_weight_conversion)."
-        )
 
 
 def named_as_in(lora: Lora, base: Checkpoint | None) -> tuple[Lora, list[str], list[str]]:
@@ -145,11 +148,9 @@ def pair_problems(ckpt: Checkpoint, lora: Lora, base: Checkpoint | None, target:
         yield f"{name}: is of no kind that is known; what it does would be lost."
     if transposed and not target.whole:
         yield "adapter_config.json: fan_in_fan_out is true, which vLLM does not heed; it serves no model that needs it."
+    yield from half_pairs(lora)
     for module, (a, b, _, magnitude, _, rank) in lora.modules.items():
         if a is None or b is None:
-            if not base:
-                found, lost = ("A", "B") if b is None else ("B", "A")
-                yield f"{module}: has lora_{found} but no lora_{lost}; half a pair."
             continue
         if a.shape[0] != b.shape[1] or a.shape[0] != rank:
             yield (
@@ -194,6 +195,5 @@ def group_of(module: str, held: LoraModule, base: Checkpoint | None) -> str:
         return "embedding"
     if base and f"{module}.weight" in base.roles:
         return base.roles[f"{module}.weight"].group
-    assert held.a is not None
-    assert held.b is not None
-    return find_role(f"{module}.weight", (held.b.shape[0], held.a.shape[1])).group
+    a, b = held.factors
+    return find_role(f"{module}.weight", (b.shape[0], a.shape[1])).group

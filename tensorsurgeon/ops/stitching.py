@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tensorsurgeon.arrangement import Arrangement, Origin
-from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.checkpoint import Checkpoint, all_sources
 from tensorsurgeon.config import COUNT_KEYS, EXTRA_KEYS, Config, config_parts, edit_parts
 from tensorsurgeon.errors import RefusedError, UsageError, nearest, raise_all
 from tensorsurgeon.families import FAMILIES
@@ -83,8 +83,7 @@ def stitch(
     origins = tuple(Origin(names.index(name), layer) for name, (_, layer) in zip(used, layers, strict=True))
     stitched = arranged(Arrangement(tuple(opened), origins, assume_uniform, tuple(names)))
     givers = dict(zip(names, opened, strict=True))
-    sources = {source.directory: source for model in opened for source in model.sources}
-    whole = _with_ends(stitched, givers[embedding], givers[head]).replace(sources=tuple(sources.values()))
+    whole = _with_ends(stitched, givers[embedding], givers[head]).replace(sources=all_sources(*opened))
     return whole.warn(*_notes(names, opened, embedding, head))
 
 
