@@ -134,7 +134,7 @@ def indices(key: str, base: int = 0) -> Field:
 
     def numbers(config: Config) -> list[int] | None:
         value = lookup(config, key)
-        if value is None or isinstance(value, bool):
+        if value is None or value is False:
             return None
         if isinstance(value, str):
             value = [int(part) if part.strip().isdecimal() else None for part in value.split(",") if value]

@@ -294,3 +294,9 @@ def test_the_tables_name_model_types_once() -> None:
     assert not FAMILIES.keys() & REFUSED.keys()
     assert FIRST_STAYS.keys() - {"zaya"} <= FAMILIES.keys()
     assert NEEDS.keys() <= FAMILIES.keys() | {"neomme"}
+
+
+@pytest.mark.parametrize("key", [*INDEX_KEYS, *ONE_BASED])
+def test_true_is_no_list_of_layers(key: str) -> None:
+    with pytest.raises(InexpressibleError, match="not a list of layers"):
+        FIELDS[key].read(with_edits({"linear_attn_config": {}}, {key: True}), 4)

@@ -74,9 +74,12 @@ def test_the_weights_are_those_of_merge_and_unload(variant: str, base: Path, tmp
     assert changed >= 2
 
 
-def test_conv1d_weights_are_merged(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}], ids=["plain", "PiSSA"])
+def test_conv1d_weights_are_merged(tmp_path: Path, settings: dict[str, Any]) -> None:
     base = architectures.make(ARCHITECTURES["gpt2"], tmp_path / "base")
-    adapter = adapted(base, tmp_path / "adapter", target_modules=["c_attn", "c_proj", "wte"], fan_in_fan_out=True)
+    targets = ["c_attn", "c_proj", "wte"]
+    adapter = adapted(base, tmp_path / "adapter", target_modules=targets, fan_in_fan_out=True, **settings)
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is True
     ts.write(ts.ops.merge_lora(ts.open(base), adapter=str(adapter)), tmp_path / "merged")

@@ -184,6 +184,14 @@ def test_without_a_base_a_name_that_begins_below_the_top_is_refused(base: Path, 
     sanitized(adapted(base, tmp_path / "sound"), tmp_path / "dest")
 
 
+def test_half_a_pair_of_a_tied_head_is_refused(tmp_path: Path) -> None:
+    tied = architectures.make(ARCHITECTURES["qwen3"], tmp_path / "tied", **SERVED, tie_word_embeddings=True)
+    half = {"base_model.model.lm_head.lora_A.weight": torch.ones(4, 128)}
+    wrong = damaged(adapted(tied, tmp_path / "adapter"), tmp_path / "wrong", **half)
+    with pytest.raises(RefusedError, match="lm_head: has lora_A but no lora_B; half a pair"):
+        sanitized(wrong, tmp_path / "dest", tied)
+
+
 def test_a_model_and_an_adapter_of_nothing_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="is no PEFT adapter"):
         sanitized(base, tmp_path / "dest")

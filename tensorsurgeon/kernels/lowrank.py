@@ -18,6 +18,8 @@ import torch
 
 TILE = 2**20
 """Elements of a tile of rows: few enough to stay in the cache while they are used twice."""
+STRIPE = 1024
+"""Columns of a wide matrix that are taken to float64 at once."""
 EXCESS = 2.5e-4
 """How much larger the error may be than the least possible, relatively, as far as the iteration can foresee."""
 SMALL = 384
@@ -125,11 +127,12 @@ def exact_factors(matrix: Matrix, enough: Enough) -> Factors:
     """Return factors of the rank that is enough, by the Gram matrix of the shorter side, in float64."""
     rows, columns = matrix.shape
     wide = rows < columns
+    gram = torch.zeros(min(rows, columns), min(rows, columns), dtype=torch.float64)
     if wide:
-        whole = torch.cat(list(matrix.tiles()))
-        gram = whole.double() @ whole.double().T
+        for begin in range(0, columns, STRIPE):
+            exact = torch.cat([tile[:, begin : begin + STRIPE] for tile in matrix.tiles()]).double()
+            gram = gram.to(exact.device).addmm_(exact, exact.T)
     else:
-        gram = torch.zeros(columns, columns, dtype=torch.float64)
         for tile in matrix.tiles():
             exact = tile.double()
             gram = gram.to(exact.device).addmm_(exact.T, exact)

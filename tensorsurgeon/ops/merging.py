@@ -64,7 +64,9 @@ def merge_lora(
         RefusedError, (text for it, lora in zip(opened, loras, strict=True) for text in _problems(it, lora, plain))
     )
     loras = [
-        with_principal_parts(lora, exact) if begins_with_principal_parts(it) else lora
+        with_principal_parts(lora, exact, bool(it.config.value.get("fan_in_fan_out")))
+        if begins_with_principal_parts(it)
+        else lora
         for it, lora in zip(opened, loras, strict=True)
     ]
     if requantize and not quantized:

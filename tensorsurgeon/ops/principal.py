@@ -11,6 +11,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 from tensorsurgeon.checkpoint import Checkpoint
+from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.lora import Lora, LoraModule
 from tensorsurgeon.ops.dequantization import as_plain
 from tensorsurgeon.ops.dtypes import cast_tensor
@@ -18,21 +19,33 @@ from tensorsurgeon.running import Budget, running
 from tensorsurgeon.tensor import Block, LazyTensor, Rows, stacked
 
 
-def with_principal_parts(lora: Lora, base: Checkpoint) -> Lora:
-    """Return the adapter for the base as it is; every matrix of the base that has a pair is read and decomposed."""
+def with_principal_parts(lora: Lora, base: Checkpoint, transposed: bool) -> Lora:
+    """Return the adapter for the base as it is; every matrix of the base that has a pair is read and decomposed.
+
+    Embeddings begin without principal parts. With `transposed` (`fan_in_fan_out`), weights lie the other way round.
+
+    Raises:
+        RefusedError: for a pair whose weight the base does not hold by itself.
+    """
     from tensorsurgeon.kernels.deltas import one_thread_each
 
     plain = as_plain(base)
     budget = Budget(running().memory)
 
+    absent = [it for it, held in lora.modules.items() if not held.embedding and f"{it}.weight" not in plain]
+    raise_all(RefusedError, (f"{it}: the base has no weight to take PiSSA's principal part from." for it in absent))
+
     def converted(module: str) -> LoraModule:
-        return _converted(module, lora.modules[module], plain[f"{module}.weight"], budget)
+        held = lora.modules[module]
+        if held.embedding:
+            return held
+        return _converted(module, held, plain[f"{module}.weight"], transposed, budget)
 
     with one_thread_each(), ThreadPoolExecutor(running().workers) as pool:
         return lora._replace(modules=dict(zip(lora.modules, pool.map(converted, lora.modules), strict=True)))
 
 
-def _converted(module: str, held: LoraModule, weight: LazyTensor, budget: Budget) -> LoraModule:
+def _converted(module: str, held: LoraModule, weight: LazyTensor, transposed: bool, budget: Budget) -> LoraModule:
     from tensorsurgeon.kernels.deltas import Delta, Goal, Wish, explore
     from tensorsurgeon.kernels.pairs import beside, zeros_like
 
@@ -42,7 +55,7 @@ def _converted(module: str, held: LoraModule, weight: LazyTensor, budget: Budget
     pair = explore(Delta(weight, nothing, weight.rows), wish, budget, lambda count: None).pair
     if pair is None:
         return held
-    right, left = (_in_memory(block, module) for block in pair.blocks(False))
+    right, left = (_in_memory(block, module) for block in pair.blocks(transposed))
     a = stacked([Rows(cast_tensor(ours_a, "F32"), 0, held.rank), Rows(right, 0, held.rank)])
     scale = held.scale
 

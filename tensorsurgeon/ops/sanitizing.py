@@ -71,7 +71,7 @@ def sanitize_lora(ckpt: Checkpoint, for_: Profile = "vllm", base: Model | None =
             raise RefusedError(
                 "adapter_config.json: init_lora_weights is 'pissa'; --base is needed to make plain pairs."
             )
-        renamed = with_principal_parts(renamed, model)
+        renamed = with_principal_parts(renamed, model, bool(ckpt.config.value.get("fan_in_fan_out")))
         mended.append("PiSSA's pairs are plain ones of twice the rank, for the base as it is.")
     return _sanitized(ckpt, renamed, model, for_, mended)
 
