@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, Union, get_args, get_origin, get_type_hints
@@ -27,10 +27,15 @@ P = ParamSpec("P")
 
 
 class Findings(NamedTuple):
-    """What an exam found: `tables` of rows by title, and `problems`, of which a sound checkpoint has none."""
+    """What an exam found: `tables` of rows by title, and `problems`, of which a sound checkpoint has none.
+
+    `details` holds what no cell of a table can: of a tensor, by its `name` (and `model`, where there are two), a
+    `histogram`, the largest magnitudes of its `rows` and `columns`, its `spectrum`.
+    """
 
     tables: Mapping[str, list[dict[str, Any]]]
     problems: tuple[str, ...] = ()
+    details: Sequence[Mapping[str, Any]] = ()
 
 
 class Parameter(NamedTuple):
