@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -84,6 +85,22 @@ def _parse_ranks(value: Any) -> dict[str, int]:
     return {str(pattern): int(rank) for pattern, rank in value.items()}
 
 
+def _parse_thresholds(value: Any) -> dict[str, Any]:
+    """Return limits by rule, given as a mapping or as a YAML file."""
+    if isinstance(value, str | Path):
+        import yaml
+
+        try:
+            value = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except OSError as problem:
+            raise UsageError(f"{problem.filename}: {problem.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as problem:
+            raise UsageError(f"is not YAML: {' '.join(str(problem).split())}") from None
+    if not isinstance(value, Mapping):
+        raise UsageError("is no mapping of rules, such as `exploded: {std: 20}`")
+    return dict(value)
+
+
 _models = _checked_by(_parse_models, {"type": "object", "additionalProperties": {"type": ["string", "object"]}})
 _size = _checked_by(parse_size, {"anyOf": [{"type": "string"}, {"type": "integer"}]})
 
@@ -109,6 +126,10 @@ Share = Annotated[float, Field(gt=0, le=1)]
 """A number above 0, up to 1."""
 Size = Annotated[int, *_size]
 """A size in bytes, as a number or as text such as 5GB."""
+Thresholds = Annotated[dict[str, Any], *_checked_by(_parse_thresholds, {"type": ["string", "object"]})]
+"""Limits by rule, or the YAML file that holds them."""
+File = Annotated[str, Field(min_length=1)]
+"""A file."""
 Count = Annotated[int, Field(ge=1)]
 """A whole number from 1."""
 Glob = Annotated[str, Field(min_length=1)]

@@ -30,12 +30,14 @@ class Findings(NamedTuple):
     """What an exam found: `tables` of rows by title, and `problems`, of which a sound checkpoint has none.
 
     `details` holds what no cell of a table can: of a tensor, by its `name` (and `model`, where there are two), a
-    `histogram`, the largest magnitudes of its `rows` and `columns`, its `spectrum`.
+    `histogram`, the largest magnitudes of its `rows` and `columns`, its `spectrum`. `shown` names the columns of a
+    table that a terminal has room for, where it has more.
     """
 
     tables: Mapping[str, list[dict[str, Any]]]
     problems: tuple[str, ...] = ()
     details: Sequence[Mapping[str, Any]] = ()
+    shown: Mapping[str, Sequence[str]] = {}
 
 
 class Parameter(NamedTuple):

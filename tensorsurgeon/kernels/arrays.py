@@ -45,3 +45,8 @@ def from_float32(numbers: npt.NDArray[np.float32], dtype: str) -> Array:
     bits = numbers.view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
     return np.where(np.isnan(numbers), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def as_numbers(block: Block) -> npt.NDArray[np.float64]:
+    """Return the block's numbers as float64, in its shape."""
+    return (as_array(block) if block.dtype == "F64" else as_float32(block)).astype(np.float64)

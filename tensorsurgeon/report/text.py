@@ -51,7 +51,9 @@ def findings_text(findings: Findings) -> str:
     """Return the tables of an exam, a table of one row as lines of name and value, and its problems."""
     parts = []
     for title, rows in findings.tables.items():
-        shown = rows if title == "tensors" else rows[:ROWS_SHOWN]
+        columns = findings.shown.get(title)
+        listed = [{key: row[key] for key in columns if key in row} for row in rows] if columns else rows
+        shown = listed if title == "tensors" else listed[:ROWS_SHOWN]
         text = as_list(rows[0]) if title == "model" else as_table(shown)
         more = f"\nand {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
         parts.append(text + more)
@@ -62,7 +64,9 @@ def findings_text(findings: Findings) -> str:
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as an aligned table under their column names."""
     shown = [{column: _shown(value) for column, value in row.items()} for row in rows]
-    alignment = ["right" if isinstance(value, int | float) else "left" for value in rows[0].values()] if rows else []
+    columns = [[row.get(key) for row in rows] for key in rows[0]] if rows else []
+    numeric = (any(isinstance(value, int | float) for value in column) for column in columns)
+    alignment = ["right" if is_numeric else "left" for is_numeric in numeric]
     return tabulate(shown, headers="keys", tablefmt="simple", disable_numparse=True, colalign=alignment)
 
 
@@ -74,6 +78,10 @@ def as_list(row: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if value is None:
+        return "-"
     if isinstance(value, list | tuple):
         return "x".join(map(str, value)) or "scalar"
     return str(value)

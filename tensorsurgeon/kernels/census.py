@@ -1,0 +1,100 @@
+"""Count which numbers a tensor holds, in one pass over its bits.
+
+A number of sixteen bits is one of 65536 patterns: how often each occurs tells everything that does not depend on where
+a number stands (moments, extremes, quantiles, zeros, NaN, what another dtype could not hold), exactly, and sums of
+counts are the same in whatever order blocks and threads come. Numbers of 32 and 64 bits are counted on the same grid,
+by the upper sixteen bits of their float32; what has to be exact is summed beside, tile by tile, in `moments`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from tensorsurgeon.kernels.arrays import Array, as_array
+from tensorsurgeon.kernels.fp8 import compiled
+from tensorsurgeon.tensor import Block
+
+PATTERNS = 65536
+TABLES = 4
+"""Tables that neighbours are counted in by turns: equal neighbours would wait for each other in one."""
+STRETCH = 8192
+"""Elements that are counted, and then looked at for their magnitude, while they are in the first-level cache."""
+
+Counts = npt.NDArray[np.int64]
+
+
+class Census:
+    """What the bits of a matrix say: how often each pattern occurs, and the largest magnitude of each row and column.
+
+    `rows` and `columns` are magnitudes as bits without the sign, of a float32's upper half for wider dtypes; NaN is
+    above all. Only rows that were `seen` count.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.tables = np.zeros((TABLES, PATTERNS), np.uint32)
+        self.carried = np.zeros(PATTERNS, np.int64)
+        self.pending = 0
+        self.rows = np.zeros(rows, np.uint16)
+        self.columns = np.zeros(columns, np.uint16)
+        self.seen = np.zeros(rows, np.bool_)
+
+    def add(self, block: Block, start: int) -> None:
+        """Count some rows, the first of which is row `start`."""
+        bits = patterns(block).reshape(-1, len(self.columns))
+        stop = start + len(bits)
+        self.pending += bits.size
+        if self.pending >= 2**32:
+            self._carry()
+        _count(bits.reshape(-1), bits, self.tables, self.rows[start:stop], self.columns)
+        self.seen[start:stop] = True
+
+    @property
+    def counts(self) -> Counts:
+        """How often each pattern occurs."""
+        self._carry()
+        return self.carried
+
+    def _carry(self) -> None:
+        self.carried += self.tables.sum(0, dtype=np.int64)
+        self.tables[:] = 0
+        self.pending = 0
+
+
+def patterns(block: Block) -> npt.NDArray[np.uint16]:
+    """Return the bits of BF16 and F16, and the upper half of a float32 for F32 and F64."""
+    array = as_array(block)
+    if block.dtype in ("BF16", "F16"):
+        return array.view(np.uint16)
+    with np.errstate(over="ignore"):
+        upper = array.astype(np.float32, copy=False).view(np.uint16)[..., 1::2]
+    return np.ascontiguousarray(upper)
+
+
+def count_plainly(bits: Array) -> tuple[Counts, Array, Array]:
+    """Do what `Census` does, in the plain way: counts, and the largest magnitudes of rows and columns."""
+    magnitudes = bits & 0x7FFF
+    return np.bincount(bits.reshape(-1), minlength=PATTERNS), magnitudes.max(1, initial=0), magnitudes.max(0, initial=0)
+
+
+@compiled
+def _count(flat: Array, bits: Array, tables: Array, rows: Array, columns: Array) -> None:
+    group = max(1, STRETCH // max(1, bits.shape[1]))
+    for first in range(0, bits.shape[0], group):
+        last = min(first + group, bits.shape[0])
+        begin, end = first * bits.shape[1], last * bits.shape[1]
+        whole = begin + (end - begin) // 4 * 4
+        for place in range(begin, whole, 4):
+            tables[0, flat[place]] += np.uint32(1)
+            tables[1, flat[place + 1]] += np.uint32(1)
+            tables[2, flat[place + 2]] += np.uint32(1)
+            tables[3, flat[place + 3]] += np.uint32(1)
+        for place in range(whole, end):
+            tables[0, flat[place]] += np.uint32(1)
+        for r in range(first, last):
+            largest = np.uint16(0)
+            for c in range(bits.shape[1]):
+                magnitude = np.uint16(bits[r, c] & np.uint16(0x7FFF))
+                largest = max(largest, magnitude)
+                columns[c] = max(columns[c], magnitude)
+            rows[r] = largest

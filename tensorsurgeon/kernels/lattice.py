@@ -1,0 +1,124 @@
+"""Tell whether plain weights were once E4M3 codes, and whether every block was multiplied by its own scale.
+
+A code is `(8 + m) 2^e` with m from 0 to 7, so codes times one scale have no more than eight significands, whatever
+dtype they are rounded to: trained weights have all 128 of BF16. A quantiser that makes `s = absmax / 448` of each block
+lets every block reach the largest code, `448 s`, and where weights are smooth, products with the right scales are so
+across the edges of blocks. A dequantiser that got block or scale wrong breaks one of the three.
+
+Source: arXiv:2209.05433 for E4M3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+SIDE, WIDTH = 256, 512
+"""Rows and columns of a probe."""
+BLOCKS = (256, 128, 64, 32)
+SIGNIFICANDS = 8
+"""Significands of E4M3, those of subnormal codes among them."""
+TOP = 448.0
+OCTAVES = 2.0**6
+"""How far below the largest magnitude of a tile numbers still have all their bits, in float16 too."""
+
+MARKS = 1024
+"""Significands that are told apart."""
+
+Numbers = npt.NDArray[np.float64]
+Tile = tuple[slice, slice]
+
+
+class Lattice(NamedTuple):
+    """What a probe of E4M3 codes times scales shows.
+
+    Attributes:
+        block: Side of the largest tiles with one scale each, of 32, 64, 128 and 256.
+        top: Share of those tiles whose largest magnitude is that of code 448.
+        equal: Share of tiles of half the side that reach the same magnitude as the tile that they are part of.
+        jump: How much more neighbouring strips differ in size across edges of tiles than inside of them, as a ratio of
+            mean squares of logarithms; the lesser of both directions.
+        largest: The largest magnitude.
+        unscaled: Whether the numbers are E4M3 codes themselves.
+    """
+
+    block: int
+    top: float
+    equal: float
+    jump: float
+    largest: float
+    unscaled: bool
+
+
+def find_lattice(numbers: Numbers) -> Lattice | None:
+    """Return what a probe shows whose first row and column begin a block, or None for numbers that were never E4M3."""
+    sizes = np.abs(numbers)
+    if min(sizes.shape) < BLOCKS[-1] or not np.isfinite(sizes).all():
+        return None
+    marks = _marks(sizes)
+    first = slice(0, BLOCKS[-1]), slice(0, BLOCKS[-1])
+    # Four bits on a uniform grid have as few significands, but only eight magnitudes.
+    if len(_significands(sizes, marks, first)) > SIGNIFICANDS or len(np.unique(sizes[first])) <= 2 * SIGNIFICANDS:
+        return None
+    for side in (it for it in BLOCKS if it <= min(sizes.shape)):
+        tiles = list(_tiles(sizes.shape, side))
+        held = [_significands(sizes, marks, tile) for tile in tiles]
+        if sum(len(it) <= SIGNIFICANDS for it in held) >= 0.95 * len(tiles):
+            break
+    else:
+        return None
+    tops = [_reaches_top(it, float(sizes[tile].max())) for it, tile in zip(held, tiles, strict=True)]
+    equal = [sizes[tile][part].max() == sizes[tile].max() for tile in tiles for part in _tiles((side, side), side // 2)]
+    return Lattice(
+        side,
+        sum(tops) / len(tops),
+        sum(map(bool, equal)) / len(equal),
+        min(_jump(sizes, min(side, 128)), _jump(sizes.T, min(side, 128))),
+        float(sizes.max()),
+        bool((np.concatenate(held) * SIGNIFICANDS % 1 == 0).all()),
+    )
+
+
+def _tiles(shape: tuple[int, ...], side: int) -> Iterator[Tile]:
+    for r in range(0, shape[0] - side + 1, side):
+        for c in range(0, shape[1] - side + 1, side):
+            yield slice(r, r + side), slice(c, c + side)
+
+
+def _marks(sizes: Numbers) -> npt.NDArray[np.int16]:
+    """Return the first ten bits behind the point of each significand, those of 1.0 up to 2.0."""
+    return ((2 * np.frexp(sizes)[0] - 1) * MARKS).astype(np.int16)
+
+
+def _significands(sizes: Numbers, marks: npt.NDArray[np.int16], tile: Tile) -> Numbers:
+    """Return the different significands of a tile, from 1 up to 2."""
+    part = sizes[tile]
+    seen = np.zeros(MARKS, np.bool_)
+    seen[marks[tile][part >= max(part.max() / OCTAVES, 1e-300)]] = True
+    return 1 + np.flatnonzero(seen) / MARKS
+
+
+def _reaches_top(significands: Numbers, largest: float) -> bool:
+    """Tell whether the significands are those of codes whose largest is 448."""
+    if not largest:
+        return True
+    codes = np.frexp(significands * (TOP / largest))[0] * 2 * SIGNIFICANDS
+    # Rounding to BF16 moves significands by less than a hundredth of them; neighbouring codes are a fifteenth apart.
+    return bool((np.abs(codes - np.round(codes)) <= 0.01 * codes).all())
+
+
+def _jump(sizes: Numbers, side: int) -> float:
+    """Return how much more strips differ across the edges that lie every `side` columns than elsewhere."""
+    strip = side // 4
+    count = sizes.shape[1] // strip
+    rows = sizes.shape[0] // side
+    if count < 5 or not rows:
+        return 0.0
+    squares = sizes[: rows * side, : count * strip].reshape(rows, side, count, strip) ** 2
+    steps = np.diff(np.log(squares.mean((1, 3)) + 1e-300), axis=1) ** 2
+    at_edge = np.arange(1, count) % 4 == 0
+    inside = float(steps[:, ~at_edge].mean())
+    return float(steps[:, at_edge].mean()) / inside if inside else 0.0
