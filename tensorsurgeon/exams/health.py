@@ -45,7 +45,7 @@ class Patient(NamedTuple):
 def autopsy(
     ckpt: Checkpoint,
     names: Glob | None = None,
-    roles: Words = (),
+    roles: Words | None = None,
     layers: Layers | None = None,
     sample: Share = 1.0,
     spectrum: bool = False,
@@ -102,7 +102,7 @@ def autopsy(
     )
 
 
-def _patient(ckpt: Checkpoint, names: str | None, roles: Sequence[str], layers: Any) -> Patient:
+def _patient(ckpt: Checkpoint, names: str | None, roles: Sequence[str] | None, layers: Any) -> Patient:
     plain = as_plain(ckpt, "bfloat16")
     chosen = select(plain, names, roles, layers)
     numbers = tuple(name for name in chosen if plain[name].dtype in PLAIN and plain[name].nbytes)
@@ -111,21 +111,28 @@ def _patient(ckpt: Checkpoint, names: str | None, roles: Sequence[str], layers: 
 
 def _vitals(patient: Patient, kept: Lines, place: int, sample: float, spectrum: bool) -> dict[str, Vitals]:
     """Return what is found of each tensor, in order; what a file of lines holds is not looked at again."""
-    from tensorsurgeon.exams.vitals import look_at, spectrum_of
+    from tensorsurgeon.exams.vitals import look_at, with_spectrum
+    from tensorsurgeon.kernels.deltas import one_thread_each
+    from tensorsurgeon.kernels.spectrum import spectrum_memory
 
     plain = patient.plain
     done = {name: held for name in patient.chosen if (held := kept.get(place, name))}
-    work = {name: Work([plain[name]], sample) for name in patient.chosen if name not in done}
+    work = {
+        name: Work([plain[name]], sample, spectrum_memory(plain[name].shape) if spectrum else 0)
+        for name in patient.chosen
+        if name not in done
+    }
 
     def look(name: str, reader: Reader) -> Vitals:
         role = plain.roles[name]
         table = role.kind == "weight" and role.group == "embedding"
         vitals = look_at(plain[name], reader, sample, table)
-        return spectrum_of(plain[name], vitals) if spectrum and role.kind == "weight" else vitals
+        return with_spectrum(vitals, plain[name]) if spectrum else vitals
 
-    for name, vitals in each(work, "autopsy", look):
-        done[name] = vitals
-        kept.put(place, name, vitals)
+    with one_thread_each():
+        for name, vitals in each(work, "autopsy", look):
+            done[name] = vitals
+            kept.put(place, name, vitals)
     return {name: done[name] for name in patient.chosen}
 
 

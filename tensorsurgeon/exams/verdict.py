@@ -76,17 +76,17 @@ def _one_scale(subjects: Sequence[Subject], limits: Limits) -> Found:
         seen = it.lattice
         if it.healthy_kind and beyond > limits["beyond"]:
             yield it.name, f"mean {it.row['mean']:.4g} and std {_std(it)}; no code of E4M3 is beyond 448."
-        elif _shares(seen, limits) and len({one.largest for one in seen}) == 1 and len(seen) > 1:
+        elif _shares(seen, limits) and min(one.least for one in seen) == max(one.largest for one in seen):
             yield it.name, "one scale was laid over codes of blocks that had their own: all reach the same magnitude."
 
 
 def _wrong_block(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
-        for seen in it.lattice[:1]:
-            if _shares(it.lattice, limits):
-                yield it.name, f"scales were laid over blocks of {seen.block}, but codes are of smaller ones."
-            elif seen.block < 256 and _mean(one.top for one in it.lattice) < limits["top"]:
-                yield it.name, f"scales were laid over blocks of {seen.block}, but codes are of larger ones."
+        block = min((seen.block for seen in it.lattice), default=0)
+        if _shares(it.lattice, limits):
+            yield it.name, f"scales were laid over blocks of {block}, but codes are of smaller ones."
+        elif 0 < block < 256 and _mean(seen.top for seen in it.lattice) < limits["top"]:
+            yield it.name, f"scales were laid over blocks of {block}, but codes are of larger ones."
 
 
 def _wrong_scale(subjects: Sequence[Subject], limits: Limits) -> Found:
@@ -181,7 +181,7 @@ RULES = (
     Rule("exploded", True, {"mean": 1, "std": 10}, "Matrices of trained models have a mean near 0, a std below 1.",
          _exploded),
     Rule("giant", True, {"ratio": 300, "absmax": 1}, "A flipped bit of an exponent, or a broken write.", _giant),
-    Rule("departing-std", True, {"factor": 2.5, "z": 6, "neighbours": 3, "layers": 5},
+    Rule("departing-std", True, {"factor": 2.5, "z": 4, "neighbours": 3, "layers": 5},
          "Neighbouring layers of a trained model have weights of like size.", _departing),
     Rule("dead-channels", True, {"share": 0.01}, "Rows or columns were lost, or never written.", _dead_channels),
     Rule("biased", False, {"mean": 0.01, "stds": 0.25}, "Matrices of trained models have a mean near 0.", _biased),

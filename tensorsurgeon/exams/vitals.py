@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -12,11 +14,14 @@ from tensorsurgeon.exams.streaming import ROWS, Reader, flattened
 from tensorsurgeon.kernels.arrays import Array, as_array, as_numbers
 from tensorsurgeon.kernels.census import Census
 from tensorsurgeon.kernels.lattice import SIDE, WIDTH, Lattice, find_lattice
-from tensorsurgeon.kernels.moments import Moments, block_moments, census_moments, grid, histogram, statistics
+from tensorsurgeon.kernels.moments import WIDE, Moments, block_moments, census_moments, grid, histogram, statistics
+from tensorsurgeon.kernels.spectrum import singular_values, spectral_statistics
 from tensorsurgeon.tensor import Block, LazyTensor
 
 PROBES = 2
-"""Places where a matrix is probed for codes of FP8."""
+"""Pieces of a matrix that are probed for codes of FP8, at their corners."""
+BLOCK = 2**23
+"""Bytes of a matrix that are decomposed at once."""
 POINTS = 256
 """Groups of rows or columns that are shown of a tensor at most."""
 FAINT = 0.01
@@ -49,7 +54,7 @@ def look_at(tensor: LazyTensor, reader: Reader, share: float = 1.0, table: bool 
     tensor = flattened(tensor)
     columns = prod(tensor.shape[1:])
     census, moments = Census(tensor.rows, columns), Moments()
-    exact = tensor.dtype in ("BF16", "F16")
+    exact = tensor.dtype not in WIDE
     lattice: list[Lattice] = []
     heads: list[Array] = []
     band = 0
@@ -60,8 +65,8 @@ def look_at(tensor: LazyTensor, reader: Reader, share: float = 1.0, table: bool 
             for found in block_moments(block, columns, band):
                 moments = moments.merge(found)
         if len(tensor.shape) > 1 and columns > 1:
-            if _is_probed(start, band, tensor.rows) and (shown := find_lattice(_region(block, columns))):
-                lattice.append(shown)
+            if _is_probed(start, band, tensor.rows):
+                lattice += _probe(block, columns)
             if table:
                 heads.append(_heads(block))
     counts = census.counts
@@ -87,9 +92,16 @@ def _is_probed(start: int, band: int, rows: int) -> bool:
     return start in places and start % ROWS == 0
 
 
-def _region(block: Block, columns: int) -> Any:
-    part = np.ascontiguousarray(as_array(block).reshape(-1, columns)[:SIDE, :WIDTH])
-    return as_numbers(Block(block.dtype, part.shape, part.data.cast("B")))
+def _probe(block: Block, columns: int) -> Iterator[Lattice]:
+    """Yield what the corners of a block show; nothing where the first was never FP8."""
+    matrix = as_array(block).reshape(-1, columns)
+    rows, edges = ((0, max(0, size // side - 1) * side) for size, side in zip(matrix.shape, (SIDE, WIDTH), strict=True))
+    for r, c in dict.fromkeys(product(rows, edges)):
+        part = np.ascontiguousarray(matrix[r : r + SIDE, c : c + WIDTH])
+        found = find_lattice(as_numbers(Block(block.dtype, part.shape, part.data.cast("B"))))
+        if found is None:
+            return
+        yield found
 
 
 def _heads(block: Block) -> Array:
@@ -127,5 +139,13 @@ def _grouped(largest: Array) -> dict[str, Any]:
     return {"largest": [top if np.isfinite(top) else None for top in tops], "group": group}
 
 
-def spectrum_of(tensor: LazyTensor, vitals: Vitals) -> Vitals:
-    return vitals
+def with_spectrum(vitals: Vitals, tensor: LazyTensor) -> Vitals:
+    """Return the vitals of a matrix with its singular values; the matrix is read again."""
+    if len(tensor.shape) != 2 or vitals.row["NaN"] or vitals.row["Inf"]:
+        return vitals._replace(row=vitals.row | spectral_statistics(np.zeros(1)))
+    singular = singular_values(tensor.shape, lambda: (tensor.read(*rows) for rows in tensor.blocks(BLOCK)))
+    shown = singular[:: max(1, -(-len(singular) // POINTS))]
+    return vitals._replace(
+        row=vitals.row | spectral_statistics(singular),
+        detail=vitals.detail | {"spectrum": [float(f"{value:.6g}") for value in shown]},
+    )

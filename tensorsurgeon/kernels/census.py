@@ -62,13 +62,12 @@ class Census:
 
 
 def patterns(block: Block) -> npt.NDArray[np.uint16]:
-    """Return the bits of BF16 and F16, and the upper half of a float32 for F32 and F64."""
-    array = as_array(block)
+    """Return the bits of BF16 and F16, and the upper half of a float32 for F32 and F64, as a vector."""
+    array = as_array(block).reshape(-1)
     if block.dtype in ("BF16", "F16"):
         return array.view(np.uint16)
-    with np.errstate(over="ignore"):
-        upper = array.astype(np.float32, copy=False).view(np.uint16)[..., 1::2]
-    return np.ascontiguousarray(upper)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(array.astype(np.float32, copy=False).view(np.uint16)[1::2])
 
 
 def count_plainly(bits: Array) -> tuple[Counts, Array, Array]:

@@ -41,7 +41,7 @@ class Lattice(NamedTuple):
         equal: Share of tiles of half the side that reach the same magnitude as the tile that they are part of.
         jump: How much more neighbouring strips differ in size across edges of tiles than inside of them, as a ratio of
             mean squares of logarithms; the lesser of both directions.
-        largest: The largest magnitude.
+        least, largest: The least and the greatest of the tiles' largest magnitudes.
         unscaled: Whether the numbers are E4M3 codes themselves.
     """
 
@@ -49,6 +49,7 @@ class Lattice(NamedTuple):
     top: float
     equal: float
     jump: float
+    least: float
     largest: float
     unscaled: bool
 
@@ -70,14 +71,17 @@ def find_lattice(numbers: Numbers) -> Lattice | None:
             break
     else:
         return None
-    tops = [_reaches_top(it, float(sizes[tile].max())) for it, tile in zip(held, tiles, strict=True)]
-    equal = [sizes[tile][part].max() == sizes[tile].max() for tile in tiles for part in _tiles((side, side), side // 2)]
+    largest = [float(sizes[tile].max()) for tile in tiles]
+    tops = [_reaches_top(it, top) for it, top in zip(held, largest, strict=True)]
+    halves = list(_tiles((side, side), side // 2))
+    equal = [sizes[tile][half].max() == top for tile, top in zip(tiles, largest, strict=True) for half in halves]
     return Lattice(
         side,
         sum(tops) / len(tops),
         sum(map(bool, equal)) / len(equal),
         min(_jump(sizes, min(side, 128)), _jump(sizes.T, min(side, 128))),
-        float(sizes.max()),
+        min(largest),
+        max(largest),
         bool((np.concatenate(held) * SIGNIFICANDS % 1 == 0).all()),
     )
 

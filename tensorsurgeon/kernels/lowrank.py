@@ -123,12 +123,11 @@ def quick_squares(tile: Tensor) -> float:
     return float(torch.dot(flat, flat))
 
 
-def exact_factors(matrix: Matrix, enough: Enough) -> Factors:
-    """Return factors of the rank that is enough, by the Gram matrix of the shorter side, in float64."""
+def gram_matrix(matrix: Matrix) -> Tensor:
+    """Return X X' or X'X, whichever is smaller, in float64."""
     rows, columns = matrix.shape
-    wide = rows < columns
     gram = torch.zeros(min(rows, columns), min(rows, columns), dtype=torch.float64)
-    if wide:
+    if rows < columns:
         for begin in range(0, columns, STRIPE):
             exact = torch.cat([tile[:, begin : begin + STRIPE] for tile in matrix.tiles()]).double()
             gram = gram.to(exact.device).addmm_(exact, exact.T)
@@ -136,11 +135,17 @@ def exact_factors(matrix: Matrix, enough: Enough) -> Factors:
         for tile in matrix.tiles():
             exact = tile.double()
             gram = gram.to(exact.device).addmm_(exact.T, exact)
-    values, vectors = torch.linalg.eigh(gram)
+    return gram
+
+
+def exact_factors(matrix: Matrix, enough: Enough) -> Factors:
+    """Return factors of the rank that is enough, by the Gram matrix of the shorter side, in float64."""
+    rows, columns = matrix.shape
+    values, vectors = torch.linalg.eigh(gram_matrix(matrix))
     squares = values.flip(0).clamp(min=0)
     rank = enough(squares, matrix.total) or len(squares)
     basis = vectors.flip(1)[:, :rank].float()
-    if wide:
+    if rows < columns:
         return Factors(basis, matrix.transposed_times(basis), False, squares[:rank], 0.0)
     return Factors(matrix.times(basis), basis, True, squares[:rank], 0.0)
 

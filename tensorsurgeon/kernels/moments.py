@@ -31,6 +31,8 @@ QUANTILES = {"0.1%": 0.001, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "9
 OUTLYING = 6.0
 """Standard deviations off the mean beyond which a number counts as an outlier."""
 PER_OCTAVE = 4
+WIDE = ("F32", "F64")
+"""Dtypes with more numbers than the grid has."""
 
 F16_OVER, F16_UNDER = 65520.0, 2.0**-25
 """The least magnitude that float16 rounds to infinity, and the largest that it rounds to zero."""
@@ -211,11 +213,10 @@ def statistics(moments: Moments, counts: Counts, dtype: str) -> dict[str, Any]:
             "skewness": moments.third / n / variance**1.5 if varies else None,
             "kurtosis": moments.fourth / n / variance**2 - 3 if varies else None,
         }
-    exact = dtype in ("BF16", "F16")
     row |= {name: getattr(moments, key) for name, key in _COUNTED.items()}
     row |= {f"{name} share": getattr(moments, key) / n if n else None for name, key in _SHARES.items()}
-    row |= quantiles(counts, dtype, moments if not exact else None)
-    row["outlier share"] = _outliers(counts, dtype, row["mean"], OUTLYING * row["std"]) / n if n else None
+    row |= quantiles(counts, dtype, moments if dtype in WIDE else None)
+    row["outlier share"] = _outlier_share(row, counts, dtype, n)
     return row
 
 
@@ -257,9 +258,16 @@ def quantiles(counts: Counts, dtype: str, moments: Moments | None = None) -> dic
     return found  # type: ignore[return-value]
 
 
-def _outliers(counts: Counts, dtype: str, mean: float, limit: float) -> int:
-    values = grid(dtype).values
-    return int(counts[np.isfinite(values) & (np.abs(values - mean) > limit)].sum()) if limit else 0
+def _outlier_share(row: dict[str, Any], counts: Counts, dtype: str, n: int) -> float | None:
+    """Return the share of outliers; None where the grid is too coarse for them, as of F32 far off zero."""
+    if not n:
+        return None
+    limit = OUTLYING * row["std"]
+    if dtype in WIDE and limit < 2.0**-6 * abs(row["mean"]):
+        return None
+    known = grid(dtype)
+    off = np.abs(known.values[known.ordered] - row["mean"])
+    return int(counts[known.ordered][off > limit].sum()) / n if limit else 0.0
 
 
 def histogram(counts: Counts, dtype: str) -> dict[str, Any]:
