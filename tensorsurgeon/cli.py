@@ -91,7 +91,7 @@ def _exam_command(spec: Spec) -> click.Command:
         _print(findings_json(findings) if as_json else findings_text(findings))
         return WRONG if findings.problems else 0
 
-    params = [click.Argument(["model"]), *map(_option, spec.parameters), *_report_options()]
+    params = [click.Argument(["model"]), *map(_operand, spec.operands), *map(_option, spec.options), *_report_options()]
     return _command(spec.name, examine, spec.description, params)
 
 
@@ -169,6 +169,11 @@ def _parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Pa
             raise click.BadParameter(str(problem), ctx, param) from None
 
     return parsed
+
+
+def _operand(parameter: Parameter) -> click.Argument:
+    """Return the command-line argument of a parameter that an exam cannot do without."""
+    return click.Argument([parameter.name])
 
 
 def _option(parameter: Parameter) -> click.Option:

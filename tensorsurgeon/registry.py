@@ -91,6 +91,16 @@ class Spec:
     parameters: tuple[Parameter, ...]
     takes_location: bool = False
 
+    @property
+    def operands(self) -> tuple[Parameter, ...]:
+        """The parameters without a default: of an exam, what the command line takes by its place."""
+        return tuple(parameter for parameter in self.parameters if parameter.required)
+
+    @property
+    def options(self) -> tuple[Parameter, ...]:
+        """The parameters with a default."""
+        return tuple(parameter for parameter in self.parameters if not parameter.required)
+
     @cached_property
     def model(self) -> type[BaseModel]:
         """The pydantic model of its parameters."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -96,7 +95,6 @@ class Lines:
 def _digest(ckpt: Checkpoint) -> str:
     """Return a digest of which files are read: their names, sizes and times of change, and what is made of them."""
     places = {source.directory: str(number) for number, source in enumerate(ckpt.sources)}
-    files = {span.path for tensor in ckpt.tensors.values() for span in tensor.spans()}
-    parts = [f"{path.name} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in sorted(files)]
+    parts = [str(sorted(source.stamp().items())) for source in ckpt.sources]
     parts += [f"{name} {tensor.describe(places)}" for name, tensor in ckpt.tensors.items()]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

@@ -33,7 +33,9 @@ class Reader:
         self.pool = pool
         self.advance = advance
 
-    def pieces(self, *tensors: LazyTensor, share: float = 1.0) -> Iterator[tuple[int, list[Block]]]:
+    def pieces(
+        self, *tensors: LazyTensor, share: float = 1.0, counted: bool = True
+    ) -> Iterator[tuple[int, list[Block]]]:
         """Yield the first row and a block of each tensor, tensors of one shape; with a `share`, evenly spread ones."""
         rows, step = tensors[0].rows, piece_rows(tensors[0])
         starts = spread(range(0, rows, step), share)
@@ -52,7 +54,8 @@ class Reader:
                     return
                 start, future = ahead.popleft()
                 blocks = future.result()
-                self.advance(round(sum(disk) * (min(start + step, rows) - start)))
+                if counted:
+                    self.advance(round(sum(disk) * (min(start + step, rows) - start)))
                 yield start, blocks
         finally:
             for _, future in ahead:

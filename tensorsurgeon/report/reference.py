@@ -19,7 +19,7 @@ def reference_text() -> str:
 
 
 def _section(spec: Spec) -> str:
-    operands = "MODEL" if spec.name in EXAMS else "SRC DEST"
+    operands = " ".join(["MODEL", *(it.word.upper() for it in spec.operands)]) if spec.name in EXAMS else "SRC DEST"
     lines = [f"#### `{spec.name} {operands}`", "", spec.description]
     if spec.parameters:
         lines += ["", "| parameter | default | meaning |", "|---|---|---|"]

@@ -1,0 +1,116 @@
+"""What lies between two blocks of numbers: sums over tiles, in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tensorsurgeon.kernels.arrays import Array, as_array, as_float32
+from tensorsurgeon.kernels.fp8 import compiled
+from tensorsurgeon.tensor import Block, Buffer
+
+TILE = 65536
+"""Elements whose sums are taken at once."""
+
+
+class Difference(NamedTuple):
+    """Sums over pairs of finite numbers x and y, and counts.
+
+    Attributes:
+        elements: Number of pairs.
+        unequal: Pairs of different numbers; NaN equals NaN.
+        broken: Pairs of which one is not finite and the other is not the same.
+        largest: Greatest `|y - x|`.
+        absolute: Sum of `|y - x|`.
+        squares: Sum of `(y - x)^2`.
+        first, second: Sums of `x^2` and of `y^2`.
+        product: Sum of `x y`.
+    """
+
+    elements: int = 0
+    unequal: int = 0
+    broken: int = 0
+    largest: float = 0.0
+    absolute: float = 0.0
+    squares: float = 0.0
+    first: float = 0.0
+    second: float = 0.0
+    product: float = 0.0
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what the sums say, by name.
+
+            relative error = |y - x| / |x|    cosine = x y / (|x| |y|)    SNR = 10 log10(|x|^2 / |y - x|^2)
+
+        None stands for what is not defined, and for the SNR of equal numbers.
+        """
+        both = math.sqrt(self.first * self.second)
+        return {
+            "unequal share": self.unequal / self.elements if self.elements else None,
+            "largest difference": self.largest,
+            "mean difference": self.absolute / self.elements if self.elements else None,
+            "relative error": math.sqrt(self.squares / self.first) if self.first else None,
+            "cosine": self.product / both if both else None,
+            "SNR dB": 10 * math.log10(self.first / self.squares) if self.squares and self.first else None,
+        }
+
+
+def sum_differences(parts: list[Difference]) -> Difference:
+    """Return the sums of all parts together, each rounded once, so that their order does not matter."""
+    if not parts:
+        return Difference()
+    counts = [sum(part[place] for part in parts) for place in range(3)]
+    sums = [math.fsum(part[place] for part in parts) for place in range(4, 9)]
+    return Difference(*map(int, counts), max(part.largest for part in parts), *sums)
+
+
+def compare_blocks(one: Block, other: Block) -> list[Difference]:
+    """Return the sums of each tile of two blocks of one shape, of dtypes F64, F32, F16 and BF16."""
+    exact = "F64" in (one.dtype, other.dtype)
+    x, y = (_numbers(block, exact) for block in (one, other))
+    found = []
+    for begin in range(0, len(x), TILE):
+        counts, sums = np.zeros(2, np.int64), np.zeros(6)
+        _compare(x[begin : begin + TILE], y[begin : begin + TILE], counts, sums)
+        unequal, broken = map(int, counts)
+        found.append(Difference(min(TILE, len(x) - begin), unequal, broken, *map(float, sums)))
+    return found
+
+
+def same_bytes(one: Buffer, other: Buffer) -> bool:
+    """Tell whether two buffers hold the same bytes; of byte arrays, as they are read from files, at memory speed."""
+    if isinstance(one, memoryview) or isinstance(other, memoryview):
+        return bool(np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)))
+    return one == other
+
+
+def _numbers(block: Block, exact: bool) -> Array:
+    array: Any = as_array(block).astype(np.float64) if block.dtype == "F64" else as_float32(block)
+    return array.reshape(-1).astype(np.float64, copy=False) if exact else array.reshape(-1)  # type: ignore[no-any-return]
+
+
+@compiled
+def _compare(x: Array, y: Array, counts: Array, sums: Array) -> None:
+    unequal, broken = 0, 0
+    largest, absolute, squares = 0.0, 0.0, 0.0
+    first, second, product = 0.0, 0.0, 0.0
+    for place in range(x.size):
+        a, b = np.float64(x[place]), np.float64(y[place])
+        if abs(a) < np.inf and abs(b) < np.inf:
+            d = b - a
+            size = abs(d)
+            unequal += size > 0
+            largest = max(largest, size)
+            absolute += size
+            squares += d * d
+            first += a * a
+            second += b * b
+            product += a * b
+        elif not (a == b or (a != a and b != b)):
+            unequal += 1
+            broken += 1
+    counts[0], counts[1] = unequal, broken
+    sums[0], sums[1], sums[2] = largest, absolute, squares
+    sums[3], sums[4], sums[5] = first, second, product
