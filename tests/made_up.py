@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from math import erf, exp, log2, nan, sqrt
 from typing import Any
 
@@ -40,7 +41,7 @@ def histogram(elements: int, deviation: float, mean: float = 0.0, wide: float = 
         return (1 - wide) * narrow + wide * broad
 
     edges = [edge(number) for number in range(BINS + 81)]
-    pairs = list(zip(edges, edges[1:], strict=False))
+    pairs = list(pairwise(edges))
     return {
         "octave": OCTAVE,
         "negative": [round(elements * (below(-low) - below(-high))) for low, high in pairs],
@@ -105,7 +106,9 @@ def autopsy(layers: int = 36, model: str | None = None, seed: int = 5) -> Findin
         details.append(detail)
     facts = {"name": "Qwen/Qwen3-8B", "architecture": "Qwen3ForCausalLM", "parameters": 8190735360, "dtype": "bfloat16"}
     facts |= {"layers": f"{layers} (model.layers.N)", "tensors": len(rows), "shards": 5, "warnings": "none"}
-    shards = [{"file": f"model-{n:05}-of-00005.safetensors", "tensors": 80 - n, "bytes": 3 * 10**9 + n} for n in range(5)]
+    shards = [
+        {"file": f"model-{n:05}-of-00005.safetensors", "tensors": 80 - n, "bytes": 3 * 10**9 + n} for n in range(5)
+    ]
     broken_name = f"model.layers.{layers // 2}.self_attn.k_proj.weight"
     problems = (f"{broken_name}: 7 elements are NaN; the tensor was damaged, or training diverged.",)
     return Findings({"model": [facts], "tensors": rows, "shards": shards}, problems, details)
@@ -117,7 +120,11 @@ def noise(layers: int = 28) -> Findings:
     pairs = zip(base.details, noisy.details, strict=True)
     laid = [{**it, "histograms": {"base": it["histogram"], "noisy": other["histogram"]}} for it, other in pairs]
     change = [
-        {**{key: row[key] for key in ("name", "layer", "role")}, "change": log2(1 + place % 7) - 1.2, "cosine": 1 - place * 1e-5}
+        {
+            **{key: row[key] for key in ("name", "layer", "role")},
+            "change": log2(1 + place % 7) - 1.2,
+            "cosine": 1 - place * 1e-5,
+        }
         for place, row in enumerate(base.tables["tensors"])
     ]
     facts = [{**base.tables["model"][0], "model": "base"}, {**noisy.tables["model"][0], "model": "noisy"}]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tensorsurgeon.report.rows import columns_of
 
-WIDE = 100
+WIDE = 10
 """A largest magnitude this many times a small one is drawn on a logarithmic scale."""
 
 OUTLYING = 3.5
@@ -62,7 +62,9 @@ class Grid(NamedTuple):
     @property
     def default(self) -> int:
         """The statistic to show first: one that differs within a role, and rather one that is never negative."""
-        return max(range(len(self.statistics)), key=lambda it: (self.statistics[it].varies, not self.statistics[it].signed))
+        return max(
+            range(len(self.statistics)), key=lambda it: (self.statistics[it].varies, not self.statistics[it].signed)
+        )
 
 
 def find_grids(tables: Mapping[str, Sequence[Row]]) -> list[Grid]:
@@ -76,6 +78,11 @@ def model_of(row: Row) -> str:
     return str(row.get("model") or "")
 
 
+def place_of(row: Row) -> Place:
+    """Return the model, role and layer of a row."""
+    return model_of(row), str(row["role"]), row["layer"] if is_number(row["layer"]) else None
+
+
 def is_number(value: Any) -> bool:
     """Tell whether a value is a number, NaN and infinities among them."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -85,15 +92,12 @@ def _is_grid(rows: Sequence[Row]) -> bool:
     return all("layer" in row and "role" in row for row in rows) and any(is_number(row["layer"]) for row in rows)
 
 
-def _place(row: Row) -> Place:
-    return model_of(row), str(row["role"]), row["layer"] if is_number(row["layer"]) else None
-
-
 def _grid(title: str, rows: Sequence[Row]) -> Grid:
     places: dict[Place, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
-        places[_place(row)].append(number)
-    models, roles = (list(dict.fromkeys(place[part] for place in places)) for part in (0, 1))
+        places[place_of(row)].append(number)
+    models = list(dict.fromkeys(place[0] for place in places))
+    roles = list(dict.fromkeys(place[1] for place in places))
     layers = sorted({place[2] for place in places}, key=lambda layer: (layer is not None, layer))
     frame = [[[(model, role, layer) for layer in layers] for role in roles] for model in models]
     counts = [[[len(places.get(place, ())) for place in line] for line in lines] for lines in frame]

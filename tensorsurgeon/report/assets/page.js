@@ -116,8 +116,7 @@ function showDetail() {
   at("detail-title").textContent = [name, model].filter(Boolean).join(", ");
   at("detail-title").className = "name";
   at("detail").hidden = at("below").hidden = false;
-  const own = (it) => (it.model || null) !== model;
-  const found = data.details.filter((detail) => detail.name === name).sort((one, other) => own(one) - own(other));
+  const found = data.details.filter((detail) => detail.name === name);
   const each = (key) => found.filter((it) => it[key]).map((it) => [it.model || "", it[key]]);
   at("plots").replaceChildren();
   const counts = (node, series) => drawHistograms(node, series, state.logCounts);
@@ -133,13 +132,13 @@ function showDetail() {
     const step = series[0][1].group;
     const text = (place) => (step > 1 ? `${key} ${place * step} to ${place * step + step - 1}` : `${word} ${place}`);
     const numbers = series.map(([label, { largest }]) => [label, largest]);
-    plot(`Largest magnitude by ${word}`, numbers, (node, it) => drawCurves(node, it, { title: word, step, log: false, text }));
+    const curves = (node, it) => drawCurves(node, it, { title: word, step, log: false, text });
+    plot(`Largest magnitude by ${word}`, numbers, curves);
   }
   const spectra = each("spectrum");
   const text = (place) => `singular value ${place + 1}`;
-  if (spectra.length) {
-    plot("Singular values", spectra, (node, it) => drawCurves(node, it, { title: "index", step: 1, log: true, text }), "wide");
-  }
+  const curves = (node, it) => drawCurves(node, it, { title: "index", step: 1, log: true, text });
+  if (spectra.length) plot("Singular values", spectra, curves, "wide");
   at("facts").replaceChildren(...data.grids.map((it) => tableOf(it.title)).flatMap(({ columns, rows }) => {
     const named = columns.indexOf("name");
     const lines = rows.filter((row) => row[named] === name);
@@ -181,6 +180,16 @@ function showOutliers() {
   }));
 }
 
+/** Return the tensor with whose name a problem begins, if it is one that there is something to see of. */
+function subject(problem) {
+  const name = problem.split(": ")[0];
+  const shown = data.grids.some(({ title }) => {
+    const { columns, rows } = tableOf(title);
+    return rows.some((row) => row[columns.indexOf("name")] === name);
+  });
+  return shown || data.details.some((it) => it.name === name) ? name : null;
+}
+
 function showProblems() {
   at("problems").hidden = false;
   if (!data.problems.length) {
@@ -188,13 +197,9 @@ function showProblems() {
     return;
   }
   at("problems").classList.add("found");
-  const known = new Set([...data.details.map((it) => it.name), ...data.grids.flatMap((it) => {
-    const { columns, rows } = tableOf(it.title);
-    return columns.includes("name") ? rows.map((row) => row[columns.indexOf("name")]) : [];
-  })]);
   at("problems").append(make("ul", {}, ...data.problems.map((text) => {
-    const name = text.split(": ")[0];
-    if (!known.has(name)) return make("li", {}, text);
+    const name = subject(text);
+    if (name === null) return make("li", {}, text);
     const click = () => visit(name, null);
     return make("li", {}, make("button", { type: "button", class: "link name", click }, name), text.slice(name.length));
   })));
@@ -254,7 +259,8 @@ function listenToMap() {
   at("heatmap").addEventListener("keydown", move);
   at("heatmap").addEventListener("focus", () => { tell(state.cursor); showMarks(); });
   at("heatmap").addEventListener("blur", showMarks);
-  at("heatmap").on("plotly_click", ({ points: [{ x, y, data: { meta } }] }) => pick({ model: meta, role: y, layer: x }));
+  at("heatmap").on("plotly_click", ({ points: [point] }) =>
+    pick({ model: point.data.meta, role: point.y, layer: point.x }));
 }
 
 async function start() {
@@ -277,9 +283,16 @@ async function start() {
   at("grid-label").hidden = data.grids.length === 1;
   openGrid(0);
   listenToMap();
-  const [first] = statistic().outliers;
-  const shown = first ? rowAt(first[0]) : statistic().cells.flat(2).filter((it) => it !== null).map(rowAt)[0];
-  if (shown.name !== undefined) choose(shown.name, shown.model || null);
+  chooseFirst();
+}
+
+/** Choose a tensor that has a problem, or else one that stands out, or else the first. */
+function chooseFirst() {
+  const named = data.problems.map(subject).find((name) => name !== null);
+  const [outlier] = statistic().outliers;
+  const row = rowAt(outlier ? outlier[0] : statistic().cells.flat(2).find((number) => number !== null));
+  if (named !== undefined) choose(named, null);
+  else if (row.name !== undefined) choose(row.name, row.model);
 }
 
 start();

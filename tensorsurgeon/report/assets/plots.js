@@ -68,6 +68,10 @@ function colouring(values, { signed, small }, log, narrow) {
   return { of, axis: { cmin: of(low), cmax: of(high), colorscale: signed ? diverging : "Viridis", colorbar: bar } };
 }
 
+function isDrawn(cell) {
+  return cell !== null && typeof cell.value === "number";
+}
+
 /** Draw a statistic of a grid, a heatmap for each model; `cellAt` tells what a cell shows, and how it is described. */
 function drawHeatmap(node, grid, statistic, log, cellAt) {
   const shown = grid.models.map((_, model) =>
@@ -76,22 +80,23 @@ function drawHeatmap(node, grid, statistic, log, cellAt) {
   const stacked = node.clientWidth < 760;
   const colours = colouring(values, statistic, log, stacked);
   const count = grid.models.length, named = count > 1, below = stacked ? 100 : 44;
-  const height = (named ? 30 : 0) + 20 * grid.roles.length;
+  const height = (named ? 30 : 0) + (stacked && named ? 40 : 0) + 20 * grid.roles.length;
   const layout = {
     margin: { l: 8, r: 8, t: 4, b: below }, height: height * (stacked ? count : 1) + below + 4, annotations: [],
     coloraxis: colours.axis,
   };
   const traces = [];
   const every = Math.max(1, Math.ceil(grid.layers.length / (stacked || !named ? node.clientWidth / 40 : 14)));
-  const ticked = grid.layers.map((_, place) => place).filter((place) => (place - (grid.layers[0] === null)) % every === 0);
+  const ticked = grid.layers.flatMap((layer, place) => (layer !== null && layer % every === 0 ? [place] : []));
   shown.forEach((lines, model) => {
     const suffix = model ? String(model + 1) : "";
-    const part = [(model + (model ? 0.04 : 0)) / count, (model + 1) / count];
-    const domain = { x: stacked ? [0, 1] : part, y: stacked ? [1 - part[1], 1 - part[0] - 26 / layout.height] : [0, 1] };
-    if (named && !stacked) domain.y = [0, 1 - 26 / layout.height];
+    const title = named ? 26 / layout.height : 0, labels = 44 / layout.height;
+    const domain = stacked
+      ? { x: [0, 1], y: [1 - (model + 1) / count + (model + 1 < count ? labels : 0), 1 - model / count - title] }
+      : { x: [(model + (model ? 0.04 : 0)) / count, (model + 1) / count], y: [0, 1 - title] };
     layout[`xaxis${suffix}`] = axis({
       title: "layer", domain: domain.x, anchor: `y${suffix}`, showgrid: false, tickvals: ticked,
-      ticktext: ticked.map((place) => (grid.layers[place] === null ? "–" : String(grid.layers[place]))),
+      ticktext: ticked.map((place) => String(grid.layers[place])),
     });
     layout[`yaxis${suffix}`] = axis({
       domain: domain.y, anchor: `x${suffix}`, showgrid: false, autorange: "reversed",
@@ -101,13 +106,14 @@ function drawHeatmap(node, grid, statistic, log, cellAt) {
     const where = { xaxis: `x${suffix}`, yaxis: `y${suffix}` };
     traces.push({
       ...where, type: "heatmap", coloraxis: "coloraxis", xgap: 1, ygap: 1, hoverinfo: "text", meta: model,
-      z: lines.map((line) => line.map((cell) => (cell && typeof cell.value === "number" ? colours.of(cell.value) : null))),
+      z: lines.map((line) => line.map((cell) => (isDrawn(cell) ? colours.of(cell.value) : null))),
       text: lines.map((line) => line.map((cell) => (cell ? cell.lines.map(inert).join("<br>") : ""))),
     });
     const broken = lines.flatMap((line, y) =>
-      line.flatMap((cell, x) => (cell && typeof cell.value !== "number" ? [[x, y]] : [])));
+      line.flatMap((cell, x) => (cell && !isDrawn(cell) ? [[x, y]] : [])));
     traces.push({
-      ...where, type: "scatter", mode: "markers", hoverinfo: "skip", x: broken.map(([x]) => x), y: broken.map(([, y]) => y),
+      ...where, type: "scatter", mode: "markers", hoverinfo: "skip",
+      x: broken.map(([x]) => x), y: broken.map(([, y]) => y),
       marker: { symbol: "x-thin", size: 8, line: { width: 2, color: colour("alarm") } },
     });
     if (named) {
@@ -125,7 +131,8 @@ function outlines(cells) {
   return cells.flatMap(({ model, role, layer, ink }) => {
     const suffix = model ? String(model + 1) : "";
     const box = {
-      type: "rect", xref: `x${suffix}`, yref: `y${suffix}`, x0: layer - 0.5, x1: layer + 0.5, y0: role - 0.5, y1: role + 0.5,
+      type: "rect", xref: `x${suffix}`, yref: `y${suffix}`,
+      x0: layer - 0.5, x1: layer + 0.5, y0: role - 0.5, y1: role + 0.5,
     };
     return [["paper", 5], [ink, 2]].map(([name, width]) => ({ ...box, line: { color: colour(name), width } }));
   });
@@ -174,20 +181,23 @@ function density(bar) {
 function drawHistograms(node, series, log) {
   const floor = Math.min(...series.map(([, histogram]) => edge(histogram, firstBin(histogram))));
   const drawn = series.map(([, histogram]) => bars(histogram, floor));
-  const reach = Math.max(2, ...drawn.flat().map((bar) => Math.abs(bar.x) + bar.width));
+  const ends = drawn.flat().flatMap((bar) => [bar.x - bar.width, bar.x + bar.width]);
+  const range = [Math.min(-1, ...ends), Math.max(1, ...ends)], reach = Math.max(-range[0], range[1]);
   const top = Math.max(1, ...drawn.flat().map(density));
   const powers = [];
   const octaves = Math.log2(10);
-  const step = Math.ceil((reach - 1) / octaves / Math.max(1, node.clientWidth / 130));
-  for (let power = Math.floor((floor + reach - 1) / octaves); power * octaves >= floor; power -= step) powers.push(power);
+  const step = Math.ceil((range[1] - range[0]) / octaves / Math.max(1, node.clientWidth / 65));
+  for (let power = Math.floor((floor + reach - 1) / octaves); power * octaves >= floor; power -= step) {
+    powers.push(power);
+  }
   const places = powers.map((power) => power * octaves - floor + 1);
   const words = powers.map((power) => (power >= -3 && power <= 3 ? String(10 ** power) : `10<sup>${power}</sup>`));
   const form = (each, place) => (series.length > 1
     ? { type: "scatter", mode: "lines", line: { color: palette(place), width: 1.5, shape: "hvh" } }
-    : { type: "bar", width: each.map((bar) => bar.width), textposition: "none", marker: { color: palette(0), line: { width: 0 } } });
+    : { type: "bar", width: each.map((bar) => bar.width), textposition: "none", marker: { color: palette(0) } });
   const traces = drawn.map((each, place) => ({
-    ...form(each, place), name: inert(series[place][0]), x: each.map((bar) => bar.x), y: each.map(density), hoverinfo: "text",
-    text: each.map((bar) => inert([series[place][0], `${bar.text}: ${show(bar.count)}`].filter(Boolean).join(", "))),
+    ...form(each, place), name: inert(series[place][0]), x: each.map((bar) => bar.x), y: each.map(density),
+    hoverinfo: "text", text: each.map((bar) => hint(series[place][0], bar.text, bar.count)),
   }));
   const scale = log
     ? { type: "log", range: [Math.log10(0.5), Math.log10(2 * top)], dtick: Math.ceil(Math.log10(top) / 5) }
@@ -195,8 +205,9 @@ function drawHistograms(node, series, log) {
   return draw(node, traces, {
     height: 260, margin: { l: 8, r: 8, t: 8, b: 8 }, hovermode: series.length > 1 ? "x" : "closest", ...legend(series),
     xaxis: axis({
-      title: "value", range: [-reach, reach], showgrid: false,
-      tickvals: [...places.map((place) => -place), 0, ...places], ticktext: [...words.map((it) => `−${it}`), "0", ...words],
+      title: "value", range, showgrid: false,
+      tickvals: [...places.map((place) => -place), 0, ...places],
+      ticktext: [...words.map((it) => `−${it}`), "0", ...words],
     }),
     yaxis: axis({ title: "elements per octave", ...scale }),
   });
@@ -205,15 +216,20 @@ function drawHistograms(node, series, log) {
 /** Draw curves, `[label, numbers]` each; `texts` says what is under the pointer. */
 function drawCurves(node, series, { title, step, log, text }) {
   const traces = series.map(([label, values], place) => ({
-    type: "scatter", mode: "lines", name: inert(label), line: { color: palette(place), width: 1.3, shape: step > 1 ? "hv" : "linear" },
-    x: values.map((_, at) => at * step + (log ? 1 : 0)), y: values, hoverinfo: "text",
-    text: values.map((value, at) => inert([label, `${text(at)}: ${show(value)}`].filter(Boolean).join(", "))),
+    type: "scatter", mode: "lines", name: inert(label),
+    line: { color: palette(place), width: 1.3, shape: step > 1 ? "hv" : "linear" },
+    x: values.map((_, at) => at * step + (log ? 1 : 0)), y: values,
+    hoverinfo: "text", text: values.map((value, at) => hint(label, text(at), value)),
   }));
   return draw(node, traces, {
     height: 220, margin: { l: 8, r: 8, t: 8, b: 8 }, hovermode: "x", ...legend(series),
     xaxis: axis({ title, showgrid: false }),
     yaxis: axis(log ? { type: "log", exponentformat: "power", nticks: 6 } : { rangemode: "tozero" }),
   });
+}
+
+function hint(label, what, value) {
+  return inert([label, `${what}: ${show(value)}`].filter(Boolean).join(", "));
 }
 
 function legend(series) {

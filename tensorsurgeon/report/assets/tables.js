@@ -18,7 +18,8 @@ function factsView(columns, rows) {
   const told = columns.filter((_, place) => rows.some((row) => row[place] !== null));
   const cell = (row, column) => row[columns.indexOf(column)];
   if (rows.length === 1) {
-    const lines = told.map((column) => make("div", {}, make("dt", {}, column), make("dd", {}, show(cell(rows[0], column)))));
+    const lines = told.map((column) =>
+      make("div", {}, make("dt", {}, column), make("dd", {}, show(cell(rows[0], column)))));
     return make("dl", { class: "facts" }, ...lines);
   }
   const line = (column, kind) =>
