@@ -63,17 +63,20 @@ class Browser:
             time.sleep(0.05)
         return found
 
-    def pointer(self, role: int, layer: int) -> ActionChains:
-        """Return a move of the mouse to a cell of the first model."""
+    def hover(self, role: int, layer: int) -> str:
+        """Rest the mouse on a cell of the first model, and return what is said of it."""
+        self.to_cell(role, layer).perform()
+        return str(self.wait(lambda: self.text("#heatmap .hoverlayer")))
+
+    def to_cell(self, role: int, layer: int) -> ActionChains:
+        """Return the move of the mouse to a cell of the first model."""
         place = self.run(
             "(() => { const it = document.getElementById('heatmap'), box = it.getBoundingClientRect(),"
-            " { xaxis: x, yaxis: y } = it._fullLayout;"
+            " { xaxis: x, yaxis: y } = it._fullLayout; it.scrollIntoView();"
             f" return [x._offset + x.l2p({layer}) - box.width / 2, y._offset + y.l2p({role}) - box.height / 2]; }})()"
         )
-        heatmap = self.find("#heatmap")[0]
-        self.run("document.getElementById('heatmap').scrollIntoView()")
         moves = ActionChains(self.driver, duration=50)
-        return moves.move_to_element_with_offset(heatmap, *map(int, place))
+        return moves.move_to_element_with_offset(self.find("#heatmap")[0], *map(int, place))
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +131,17 @@ def test_it_shows_the_model_its_problems_and_its_tables(browser: Browser, pages:
 
 def test_a_cell_answers_to_hover_and_click(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["one"])
-    browser.pointer(1, 4).perform()
-    browser.wait(lambda: browser.find("#heatmap .hoverlayer .hovertext"))
-    hover = browser.text("#heatmap .hoverlayer")
+    hover = browser.hover(1, 4)
     assert "model.layers.3.self_attn.q_proj.weight" in hover
     assert "deviation 0.02" in hover
-    assert "BF16, 4096 × 4096" in hover
-    browser.pointer(9, 3).click().perform()
+    assert "BF16, 4096x4096" in hover
     name = "model.layers.2.mlp.down_proj.weight"
+    browser.to_cell(9, 3).click().perform()
     browser.wait(lambda: browser.text("#detail-title") == name)
     (detail,) = (it for it in made_up.autopsy(6).details if it["name"] == name)
-    counts = sum(detail["histogram"]["negative"]) + sum(detail["histogram"]["positive"]) + detail["histogram"]["zero"]
-    bars = browser.run(
-        "(({ y, width }) => y.map((it, at) => it * width[at]))(document.querySelector('#plots div').data[0])"
-    )
-    assert sum(bars) == pytest.approx(counts)
+    counts = [*detail["histogram"]["negative"], detail["histogram"]["zero"], *detail["histogram"]["positive"]]
+    bars = browser.run("document.querySelector('#plots div').data[0]")
+    assert sum(y * width for y, width in zip(bars["y"], bars["width"], strict=True)) == pytest.approx(sum(counts))
     figures = [it.text.split("\n")[0] for it in browser.find("#plots figcaption")]
     assert figures == ["Values", "Largest magnitude by row", "Largest magnitude by column"]
     assert "12288" in browser.text("#facts")
@@ -189,10 +188,10 @@ def test_statistic_and_scale_change_the_heatmap(browser: Browser, pages: dict[st
 def test_an_outlier_can_be_chosen(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["one"])
     Select(browser.find("#statistic")[0]).select_by_visible_text("largest")
-    first = browser.find("#outliers-list button")[0]
-    assert first.text == "model.layers.3.mlp.down_proj.weight"
-    first.click()
-    assert browser.text("#detail-title") == first.text
+    massive = "model.layers.3.mlp.down_proj.weight"
+    (button,) = (it for it in browser.find("#outliers-list button") if it.text == massive)
+    button.click()
+    assert browser.text("#detail-title") == massive
     browser.find("#problems button")[0].click()
     assert browser.text("#detail-title") == "model.layers.3.self_attn.k_proj.weight"
 
@@ -236,8 +235,7 @@ def test_hostile_text_stays_text(browser: Browser, pages: dict[str, Path]) -> No
     assert HOSTILE in browser.text("#model")
     assert browser.text("#detail-title") == HOSTILE
     assert HOSTILE in browser.text("#heatmap .ytick")
-    browser.pointer(0, 1).perform()
-    browser.wait(lambda: HOSTILE in browser.find("#heatmap .hoverlayer")[0].text.replace("\n", ""))
+    assert HOSTILE in browser.hover(0, 1)
     browser.find("#tables summary")[0].click()
     browser.wait(lambda: HOSTILE in browser.text("#tables tbody"))
     assert browser.run("window.hacked") is None

@@ -259,8 +259,10 @@ function listenToMap() {
   at("heatmap").addEventListener("keydown", move);
   at("heatmap").addEventListener("focus", () => { tell(state.cursor); showMarks(); });
   at("heatmap").addEventListener("blur", showMarks);
-  at("heatmap").on("plotly_click", ({ points: [point] }) =>
-    pick({ model: point.data.meta, role: point.y, layer: point.x }));
+  at("heatmap").addEventListener("click", (event) => {
+    const place = cellUnder(at("heatmap"), grid(), event);
+    if (place) pick(place);
+  });
 }
 
 async function start() {

@@ -14,7 +14,7 @@ function inert(text) {
 
 /** Return a number of few digits, as people read it. */
 function show(value) {
-  if (typeof value !== "number") return value === null || value === undefined ? "–" : [].concat(value).join(" × ");
+  if (typeof value !== "number") return value === null || value === undefined ? "–" : [].concat(value).join("x");
   if (Number.isInteger(value) && Math.abs(value) < 1e15) return value.toLocaleString("en");
   const size = Math.abs(value);
   return size >= 1e5 || size < 1e-3 ? value.toExponential(3) : String(Number(value.toPrecision(4)));
@@ -80,7 +80,7 @@ function drawHeatmap(node, grid, statistic, log, cellAt) {
   const stacked = node.clientWidth < 760;
   const colours = colouring(values, statistic, log, stacked);
   const count = grid.models.length, named = count > 1, below = stacked ? 100 : 44;
-  const height = (named ? 30 : 0) + (stacked && named ? 40 : 0) + 20 * grid.roles.length;
+  const height = (named ? 30 : 0) + (stacked && named ? 40 : 0) + Math.max(120, 20 * grid.roles.length);
   const layout = {
     margin: { l: 8, r: 8, t: 4, b: below }, height: height * (stacked ? count : 1) + below + 4, annotations: [],
     coloraxis: colours.axis,
@@ -96,16 +96,17 @@ function drawHeatmap(node, grid, statistic, log, cellAt) {
       : { x: [(model + (model ? 0.04 : 0)) / count, (model + 1) / count], y: [0, 1 - title] };
     layout[`xaxis${suffix}`] = axis({
       title: "layer", domain: domain.x, anchor: `y${suffix}`, showgrid: false, tickvals: ticked,
+      range: [-0.5, grid.layers.length - 0.5],
       ticktext: ticked.map((place) => String(grid.layers[place])),
     });
     layout[`yaxis${suffix}`] = axis({
-      domain: domain.y, anchor: `x${suffix}`, showgrid: false, autorange: "reversed",
+      domain: domain.y, anchor: `x${suffix}`, showgrid: false, range: [grid.roles.length - 0.5, -0.5],
       tickvals: grid.roles.map((_, place) => place), ticktext: grid.roles.map(inert),
       showticklabels: stacked || model === 0,
     });
     const where = { xaxis: `x${suffix}`, yaxis: `y${suffix}` };
     traces.push({
-      ...where, type: "heatmap", coloraxis: "coloraxis", xgap: 1, ygap: 1, hoverinfo: "text", meta: model,
+      ...where, type: "heatmap", coloraxis: "coloraxis", xgap: 1, ygap: 1, hoverinfo: "text",
       z: lines.map((line) => line.map((cell) => (isDrawn(cell) ? colours.of(cell.value) : null))),
       text: lines.map((line) => line.map((cell) => (cell ? cell.lines.map(inert).join("<br>") : ""))),
     });
@@ -124,6 +125,17 @@ function drawHeatmap(node, grid, statistic, log, cellAt) {
     }
   });
   return draw(node, traces, layout);
+}
+
+/** Return the cell of a click; Plotly tells only of those that come after it has shown a hover text. */
+function cellUnder(node, grid, { clientX, clientY }) {
+  const boxes = [...node.querySelectorAll(".nsewdrag")].map((area) => area.getBoundingClientRect());
+  const model = boxes.findIndex((box) =>
+    clientX > box.left && clientX < box.right && clientY > box.top && clientY < box.bottom);
+  if (model < 0) return null;
+  const { left, top, width, height } = boxes[model];
+  const role = Math.floor(((clientY - top) / height) * grid.roles.length);
+  return { model, role, layer: Math.floor(((clientX - left) / width) * grid.layers.length) };
 }
 
 /** Return outlines around cells of a heatmap; the paper behind the ink makes them visible on every colour. */
