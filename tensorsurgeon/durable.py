@@ -15,19 +15,24 @@ CHUNK = 2**20
 
 
 def write_small(path: Path, content: SideFile) -> str:
-    """Write a small file whole, flushed and renamed; return its SHA-256."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    digest = hashlib.sha256()
+    """Write a small file of a checkpoint whole, and its directory where there is none; return its SHA-256."""
     with explaining(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            for chunk in [content] if isinstance(content, bytes) else _chunks(content):
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-        fsync_directory(path.parent)
+        return replace_file(path, content)
+
+
+def replace_file(path: Path, content: SideFile) -> str:
+    """Write a file under another name, flushed, and rename it; return its SHA-256."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    digest = hashlib.sha256()
+    with open(temporary, "wb") as file:
+        for chunk in [content] if isinstance(content, bytes) else _chunks(content):
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    fsync_directory(path.parent)
     return digest.hexdigest()
 
 
