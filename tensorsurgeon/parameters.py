@@ -126,7 +126,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 """A number above 0, up to 1."""
 Size = Annotated[int, *_size]
 """A size in bytes, as a number or as text such as 5GB."""
-Thresholds = Annotated[dict[str, Any], *_checked_by(_parse_thresholds, {"type": ["string", "object"]})]
+Thresholds = Annotated[Any, *_checked_by(_parse_thresholds, {"type": ["string", "object"]})]
 """Limits by rule, or the YAML file that holds them."""
 File = Annotated[str, Field(min_length=1)]
 """A file."""

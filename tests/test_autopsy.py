@@ -337,6 +337,7 @@ def test_limits_are_overridden(tmp_path: Path) -> None:
     limits.write_text("departing-std: {factor: 4}\nall-zero: off\n")
     assert examined(directory, thresholds=str(limits)).problems == ()
     assert rules_of(examined(directory, thresholds={"all-zero": False}).problems) == {("departing-std", UP)}
+    assert main(["autopsy", str(directory), "--thresholds", str(limits)]) == 0
 
 
 @pytest.mark.parametrize(

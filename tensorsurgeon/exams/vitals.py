@@ -134,9 +134,8 @@ def _channels(side: str, largest: Array | None) -> dict[str, Any]:
 
 def _grouped(largest: Array) -> dict[str, Any]:
     group = max(1, -(-len(largest) // POINTS))
-    starts = range(0, len(largest), group)
-    tops = (float(largest[begin : begin + group].max()) for begin in starts)
-    return {"largest": [top if np.isfinite(top) else None for top in tops], "group": group}
+    tops = np.maximum.reduceat(largest, range(0, len(largest), group))
+    return {"largest": [float(top) if np.isfinite(top) else None for top in tops], "group": group}
 
 
 def with_spectrum(vitals: Vitals, tensor: LazyTensor) -> Vitals:

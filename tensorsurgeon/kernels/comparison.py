@@ -61,9 +61,9 @@ def sum_differences(parts: list[Difference]) -> Difference:
     """Return the sums of all parts together, each rounded once, so that their order does not matter."""
     if not parts:
         return Difference()
-    counts = [sum(part[place] for part in parts) for place in range(3)]
+    elements, unequal, broken = (sum(part[place] for part in parts) for place in range(3))
     sums = [math.fsum(part[place] for part in parts) for place in range(4, 9)]
-    return Difference(*map(int, counts), max(part.largest for part in parts), *sums)
+    return Difference(int(elements), int(unequal), int(broken), max(part.largest for part in parts), *sums)
 
 
 def compare_blocks(one: Block, other: Block) -> list[Difference]:
@@ -74,8 +74,8 @@ def compare_blocks(one: Block, other: Block) -> list[Difference]:
     for begin in range(0, len(x), TILE):
         counts, sums = np.zeros(2, np.int64), np.zeros(6)
         _compare(x[begin : begin + TILE], y[begin : begin + TILE], counts, sums)
-        unequal, broken = map(int, counts)
-        found.append(Difference(min(TILE, len(x) - begin), unequal, broken, *map(float, sums)))
+        largest, *others = map(float, sums)
+        found.append(Difference(min(TILE, len(x) - begin), int(counts[0]), int(counts[1]), largest, *others))
     return found
 
 
@@ -87,13 +87,14 @@ def same_bytes(one: Buffer, other: Buffer) -> bool:
 
 
 def _numbers(block: Block, exact: bool) -> Array:
-    array: Any = as_array(block).astype(np.float64) if block.dtype == "F64" else as_float32(block)
-    return array.reshape(-1).astype(np.float64, copy=False) if exact else array.reshape(-1)  # type: ignore[no-any-return]
+    numbers: Array = as_array(block) if block.dtype == "F64" else as_float32(block)
+    return (numbers.astype(np.float64, copy=False) if exact else numbers).reshape(-1)
 
 
 @compiled
 def _compare(x: Array, y: Array, counts: Array, sums: Array) -> None:
-    unequal, broken = 0, 0
+    unequal: Any = 0
+    broken: Any = 0
     largest, absolute, squares = 0.0, 0.0, 0.0
     first, second, product = 0.0, 0.0, 0.0
     for place in range(x.size):

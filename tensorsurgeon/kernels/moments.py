@@ -4,7 +4,7 @@ Over the n finite numbers x, with m_k = mean((x - mean)^k):
 
     std = sqrt(m_2)    rms = sqrt(mean(x^2))    skewness = m_3 / m_2^1.5    kurtosis = m_4 / m_2^2 - 3
 
-Of sixteen bits all follow from how often each pattern occurs, with sums that are rounded once. Of F32 and F64 extremes
+Of sixteen bits all follow from how often each pattern occurs. Of F32 and F64 extremes
 and counts are exact; moments are summed in float64 over tiles that do not depend on how the tensor was read, and merged
 in their order (Pebay, "Formulas for Robust, One-Pass Parallel Computation of Covariances and Arbitrary-Order
 Statistical Moments", Sandia report SAND2008-6212); quantiles and outliers are read off the census's grid, whose
@@ -124,7 +124,9 @@ def census_moments(counts: Counts, dtype: str) -> Moments:
     if not n:
         return Moments(nan=nan, infinite=infinite)
     mean = math.fsum(often * numbers) / n
-    second, third, fourth = (math.fsum(often * (numbers - mean) ** power) for power in (2, 3, 4))
+    off = numbers - mean
+    squares = often * off**2
+    second, third, fourth = (float(it.sum()) for it in (squares, squares * off, squares * off**2))
     least, greatest = float(numbers.min()), float(numbers.max())
     zeros, *beyond = counted
     return Moments(n, mean, second, third, fourth, least, greatest, zeros, nan, infinite, subnormal, *beyond)

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ COMMAND = [sys.executable, "-m", "tensorsurgeon"]
 IMPORTS = {
     "select-layers": "import tensorsurgeon.cli",
     "dequantize": "import tensorsurgeon.cli, tensorsurgeon.kernels.fp8",
+    "autopsy": "import tensorsurgeon.cli, tensorsurgeon.exams.vitals",
 }
 """What each command imports: the floor under its peak memory."""
 
@@ -343,6 +345,81 @@ def phases(source: Path, dest: Path, size: int) -> dict[str, float]:
     return {name: float(seconds) for name, seconds in json.loads(done.stdout).items()}
 
 
+def measure_autopsy(setup: Setup) -> list[Figure]:
+    """Compare autopsy with four statistics in torch; block FP8 with BF16; and measure a tensor of gigabytes."""
+    with workplace(setup) as place:
+        plain, fp8, large, dest = place / "plain", place / "fp8", place / "large", place / "dest"
+        shapes = setup.plain.shapes()
+        synthetic.write(plain, shapes, setup.plain.config(), setup.shard_size, normal=True)
+        coded = synthetic.in_fp8(shapes)
+        synthetic.write(fp8, coded, synthetic.fp8_config(setup.plain.config()), setup.shard_size, normal=True)
+        table = {"model.embed_tokens.weight": ("BF16", (2 * setup.large_rows, 4096))}
+        synthetic.write(large, table, setup.plain.config(), setup.shard_size, sparse=True)
+        weights = sum(prod(shape) for _, shape in shapes.values())
+
+        def ours(source: Path) -> Run:
+            prepare(dest, source, 0)
+            return run(surgeon("autopsy", source, "--quiet"))
+
+        def theirs() -> Run:
+            prepare(dest, plain, 0)
+            return run(helper("statistics", plain, dest))
+
+        floor = run([sys.executable, "-c", IMPORTS["autopsy"]])
+        mine, coded_runs, other = alternate(setup.runs, lambda: ours(plain), lambda: ours(fp8), theirs)
+        one_tensor = [run([*surgeon("autopsy", large, "--quiet", "--thresholds"), str(_no_rules(place))])]
+    per_weight = [[(it.cpu - floor.cpu) / weights * 1e9 for it in runs] for runs in (mine, coded_runs)]
+    title = f"autopsy, {weights / 1e9:.2f} billion weights in BF16"
+    return [
+        Figure(f"{title}, with four statistics in torch: wall", "s", [it.wall for it in mine],
+               [it.wall for it in other], 0.2),
+        Figure(f"{title}, with four statistics in torch: CPU", "s", [it.cpu for it in mine],
+               [it.cpu for it in other], 0.2),
+        Figure(f"{title}: CPU for each weight, start not counted", "ns", per_weight[0], []),
+        Figure("autopsy, block FP8 with BF16: CPU for each weight", "ns", per_weight[1], per_weight[0], 2),
+        Figure("autopsy, a tensor of 4 GiB: memory", "MiB", [(it.peak - floor.peak) / MIB for it in one_tensor], [],
+               600e6 / MIB),
+    ]  # fmt: skip
+
+
+def _no_rules(place: Path) -> Path:
+    """Write limits under which a tensor of zeros is healthy."""
+    (place / "limits.yaml").write_text("all-zero: off\n")
+    return place / "limits.yaml"
+
+
+def measure_diff(setup: Setup) -> list[Figure]:
+    """Compare `diff` of two checkpoints of the same bytes with `cmp` of their files."""
+    with workplace(setup) as place:
+        one, other = place / "one", place / "other"
+        synthetic.write(one, setup.plain.shapes(), setup.plain.config(), setup.shard_size, normal=True)
+        shutil.copytree(one, other)
+        size = directory_size(one)
+        comparing = ["sh", "-c", 'for file in "$0"/*; do cmp "$file" "$1/${file##*/}" || exit 1; done', one, other]
+
+        def bring_near() -> None:
+            for source in (one, other):
+                prepare(place / "dest", source, 0)
+
+        def ours() -> Run:
+            bring_near()
+            return run(surgeon("diff", one, other, "--quiet"))
+
+        def theirs() -> Run:
+            bring_near()
+            return run([str(word) for word in comparing])
+
+        floor = run([sys.executable, "-c", IMPORTS["autopsy"]]).wall
+        mine, cmp = alternate(setup.runs, ours, theirs)
+    title = f"diff, twice {size / 1e9:.2f} GB of the same bytes, with cmp"
+    walls = [it.wall for it in mine]
+    return [
+        Figure(f"{title}: wall", "s", walls, [it.wall for it in cmp]),
+        Figure(f"{title}: wall without start and imports", "s", [wall - floor for wall in walls],
+               [it.wall for it in cmp], 1),
+    ]  # fmt: skip
+
+
 def measure_memory(setup: Setup) -> list[Figure]:
     """Measure the peak memory above that of the imports, on models that hold one large tensor."""
     plain, fp8 = Qwen3(4, 512, 1024, 4, 1, 1024), Qwen3(4, 512, 1024, 4, 1, 1024)
@@ -530,7 +607,16 @@ def write_directly(path: Path, size: int) -> None:
         os.close(file)
 
 
-HELPERS = {"reference": decode_in_torch, "phases": dequantize_in_turn}
+def statistics_in_torch(source: Path, dest: Path) -> None:
+    """Take four statistics of every tensor in the plain way."""
+    for path in sorted(source.glob("*.safetensors")):
+        with open_shard(path) as shard:
+            for name in shard.keys():  # noqa: SIM118
+                numbers = shard.get_tensor(name).float()
+                print(name, numbers.mean().item(), numbers.std().item(), numbers.min().item(), numbers.max().item())
+
+
+HELPERS = {"reference": decode_in_torch, "phases": dequantize_in_turn, "statistics": statistics_in_torch}
 """What this script runs in processes of their own, to be measured."""
 
 MEASUREMENTS = {
@@ -538,6 +624,8 @@ MEASUREMENTS = {
     "mergekit": measure_mergekit,
     "extract-lora": measure_extract_lora,
     "dequantize": measure_dequantize,
+    "autopsy": measure_autopsy,
+    "diff": measure_diff,
     "memory": measure_memory,
     "headers": measure_headers,
 }

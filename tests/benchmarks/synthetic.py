@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ WIDTH = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 CHUNK = 32 * 2**20
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """Dtype and shape of each tensor, in file order."""
+Draw = Callable[[np.random.SFC64, str, int], np.ndarray[Any, Any]]
+"""Takes a source of randomness, a dtype and a number of bytes, and returns as many."""
 
 
 class Qwen3(NamedTuple):
@@ -177,8 +180,18 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return WIDTH[dtype] * prod(shape)
 
 
-def write(directory: Path, shapes: Shapes, config: Mapping[str, Any], shard_size: int, sparse: bool = False) -> Path:
-    """Write a checkpoint in shards of at most `shard_size` bytes, durably; a sparse one takes no disk."""
+def write(
+    directory: Path,
+    shapes: Shapes,
+    config: Mapping[str, Any],
+    shard_size: int,
+    sparse: bool = False,
+    normal: bool = False,
+) -> Path:
+    """Write a checkpoint in shards of at most `shard_size` bytes, durably.
+
+    A sparse one takes no disk; numbers of a normal one are distributed as weights are, with a std of 0.02.
+    """
     directory.mkdir(parents=True)
     groups: list[Shapes] = [{}]
     filled = 0
@@ -191,7 +204,7 @@ def write(directory: Path, shapes: Shapes, config: Mapping[str, Any], shard_size
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        _write_shard(directory / file, group, number, sparse)
+        _write_shard(directory / file, group, number, sparse, _normal_bytes if normal else _random_bytes)
         weight_map |= dict.fromkeys(group, file)
     total = sum(nbytes(*described) for described in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -200,7 +213,7 @@ def write(directory: Path, shapes: Shapes, config: Mapping[str, Any], shard_size
     return directory
 
 
-def _write_shard(path: Path, shapes: Shapes, seed: int, sparse: bool) -> None:
+def _write_shard(path: Path, shapes: Shapes, seed: int, sparse: bool, draw: Draw) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in shapes.items():
@@ -217,9 +230,26 @@ def _write_shard(path: Path, shapes: Shapes, seed: int, sparse: bool) -> None:
         for dtype, shape in shapes.values():
             size = nbytes(dtype, shape)
             for begin in range(0, size, CHUNK):
-                file.write(_random_bytes(random, dtype, min(CHUNK, size - begin)).data)
+                file.write(draw(random, dtype, min(CHUNK, size - begin)).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@cache
+def _normal_numbers(dtype: str) -> np.ndarray[Any, Any]:
+    """Return bytes of normal numbers in BF16, or in E4M3 for scales of 2^-12."""
+    import torch
+
+    numbers = torch.randn(CHUNK, generator=torch.Generator().manual_seed(0)) * 0.02
+    made = numbers.bfloat16() if dtype == "BF16" else (numbers * 2**12).to(torch.float8_e4m3fn)
+    return made.view(torch.uint8).numpy()  # type: ignore[no-any-return]
+
+
+def _normal_bytes(random: np.random.SFC64, dtype: str, size: int) -> np.ndarray[Any, Any]:
+    if dtype == "F32":
+        return np.full(size // 4, 2.0**-12, np.float32).view(np.uint8)
+    begin = int(random.random_raw()) % (CHUNK // 2) * 2
+    return np.roll(_normal_numbers(dtype), begin)[:size]
 
 
 def _random_bytes(random: np.random.SFC64, dtype: str, size: int) -> np.ndarray[Any, Any]:
