@@ -1,7 +1,8 @@
 """Exams: functions from a checkpoint to findings; they look, and write nothing."""
 
+from tensorsurgeon.exams.cancellation import noise
 from tensorsurgeon.exams.health import autopsy
 from tensorsurgeon.exams.integrity import verify
 from tensorsurgeon.exams.overview import inspect
 
-__all__ = ["autopsy", "inspect", "verify"]
+__all__ = ["autopsy", "inspect", "noise", "verify"]

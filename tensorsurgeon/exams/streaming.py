@@ -60,10 +60,14 @@ class Reader:
 
 
 class Work(NamedTuple):
-    """A tensor to look at, or several of one shape: the bytes read, and the memory that this takes."""
+    """A tensor to look at, or several of one shape: the bytes read, and the memory that this takes.
+
+    `beside` are bytes of memory that are needed besides the pieces.
+    """
 
     tensors: Sequence[LazyTensor]
     share: float = 1.0
+    beside: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +78,8 @@ class Work(NamedTuple):
     def memory(self) -> int:
         """Bytes of the pieces in hand, with what computing them takes."""
         step = min(piece_rows(self.tensors[0]), self.tensors[0].rows)
-        return (AHEAD + 2) * sum(step * tensor.row_memory + tensor.fixed_memory for tensor in self.tensors)
+        pieces = (AHEAD + 2) * sum(step * tensor.row_memory + tensor.fixed_memory for tensor in self.tensors)
+        return pieces + self.beside
 
 
 def flattened(tensor: LazyTensor) -> LazyTensor:
