@@ -57,7 +57,7 @@ def noise(
     Of a model A and its quantised form A', the noise A - A' is held against the weights. With a second pair, B and
     B', both noises are held against each other: their cosine, how much of them cancels in B' - A', whether they are
     distributed alike, and what is left of the change B - A. One pass over all matrices; those that quantisation
-    left as they are do not count. Leading singular subspaces take four further passes, and many times as long.
+    left as they are do not count. Singular subspaces take five further passes, and three times as long in all.
 
     Args:
         quantized: The quantised form of the model, or what was decoded from it.
@@ -93,7 +93,7 @@ def noise(
             rows.append(_row(subject, name, it))
         for title in ("subspaces", "energy", "spectra", "angles"):
             tables[title] += [{"name": name, **row} for row in getattr(it, title)]
-    model = _model_row(subject, rows, silent, len(problems))
+    model = _model_row(subject, rows, silent, sum(bool(it.broken) for it in found.values()))
     tables = {"model": [model], "roles": _role_rows(rows), "statistics": rows, **tables}
     details = [{"name": name, **it.detail} for name, it in found.items() if it.detail]
     columns = OWN if other is None else SHOWN_JOINT
@@ -186,7 +186,7 @@ def _row(subject: Subject, name: str, found: Residual) -> dict[str, Any]:
 
 
 def _model_row(
-    subject: Subject, rows: Sequence[Mapping[str, Any]], silent: Sequence[int], problems: int
+    subject: Subject, rows: Sequence[Mapping[str, Any]], silent: Sequence[int], broken: int
 ) -> dict[str, Any]:
     told = {label: it.sources[0].name for label, it in zip(MODELS, subject.models, strict=False)}
     equal = " and ".join(f"{count} in {pair}" for count, pair in zip(silent, ("MODEL", "other"), strict=False))
@@ -196,8 +196,8 @@ def _model_row(
         "elements": sum(row["elements"] for row in rows),
         "left out": f"{subject.others} tensors that are no matrices; matrices without noise: {equal}",
     }
-    if problems:
-        row["not looked at"] = f"{len(subject.chosen) - len(rows)} matrices, some for {problems} problems"
+    if broken:
+        row["matrices with NaN or infinity"] = broken
     if not rows:
         return row | {"verdict": "no matrix has any noise to look at"}
     joint = overall(rows) if len(subject.models) > 2 else {}

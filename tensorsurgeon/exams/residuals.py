@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from tensorsurgeon.exams.streaming import Reader, Work, piece_rows
-from tensorsurgeon.kernels.arrays import as_numbers
+from tensorsurgeon.kernels.arrays import as_float32
 from tensorsurgeon.kernels.deltas import one_thread_each
 from tensorsurgeon.kernels.moments import histogram
-from tensorsurgeon.kernels.noise import Tally, ratio
+from tensorsurgeon.kernels.noise import Tally, difference, ratio
 from tensorsurgeon.kernels.subspaces import (
     Angles,
     Subspace,
@@ -76,8 +76,7 @@ def work_for(tensors: Sequence[LazyTensor], question: Question) -> Work:
         matrices = len(_matrices(tensors))
         beside += memory_needed((rows, columns), question.rank, matrices)
         beside += _kept_bytes(tensors) if _is_kept(tensors, question) else 0
-        # A piece's numbers in float64 while they are subtracted, and the differences.
-        beside += min(piece_rows(tensors[0]), rows) * columns * (24 + 4 * matrices)
+        beside += 4 * min(piece_rows(tensors[0]), rows) * columns * matrices
     return Work(tensors, beside=beside)
 
 
@@ -131,13 +130,11 @@ def _is_kept(tensors: Sequence[LazyTensor], question: Question) -> bool:
 
 def _differences(blocks: Sequence[Block]) -> tuple[torch.Tensor, ...]:
     """Return tiles of those matrices, each rounded once to float32."""
-
-    def less(one: int, other: int) -> torch.Tensor:
-        return torch.from_numpy((as_numbers(blocks[one]) - as_numbers(blocks[other])).astype("float32"))
-
     if len(blocks) > 2:
-        return less(0, 1), less(2, 3), less(2, 0)
-    return less(0, 1), torch.from_numpy(as_numbers(blocks[0]).astype("float32"))
+        a, a_quantised, b, b_quantised = blocks
+        made = difference(a, a_quantised), difference(b, b_quantised), difference(b, a)
+        return tuple(map(torch.from_numpy, made))
+    return torch.from_numpy(difference(*blocks)), torch.from_numpy(as_float32(blocks[0]))
 
 
 def _tiles(tensors: Sequence[LazyTensor], reader: Reader, kept: list[Sequence[torch.Tensor]] | None) -> Tiles:

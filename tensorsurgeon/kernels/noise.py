@@ -109,6 +109,16 @@ class Tally:
         }
 
 
+def difference(one: Block, other: Block) -> npt.NDArray[np.float32]:
+    """Return one matrix less another, in float64 and rounded once."""
+    made = np.empty(one.shape, np.float32)
+    step = max(1, TILE // one.shape[1])
+    for first in range(0, len(made), step):
+        last = first + step
+        made[first:last] = as_numbers(_rows(one, first, last)) - as_numbers(_rows(other, first, last))
+    return made
+
+
 def ks_distance(one: Counts, other: Counts) -> float:
     """Return the greatest distance between two distributions, which are known on the census's grid; 0 and -0 are one.
 

@@ -27,9 +27,8 @@ from tensorsurgeon.kernels.lowrank import NOISE, Matrix, Tensor, exact_factors, 
 SPARE = 16
 """Columns that a block has besides the rank: what it captures converges the faster for them."""
 STEPS = 3
-"""Blocks of a Krylov space."""
-PASSES = STEPS + 1
-"""Passes over the tiles that finding subspaces takes; where it is done exactly, each matrix takes two or more."""
+"""Blocks of a Krylov space: as many passes over the tiles are made, and one before; where it is done exactly, two
+or more for each matrix."""
 
 Tiles = Callable[[], Iterable[Sequence[Tensor]]]
 """Reads tiles of rows, the same ones each time: of each matrix one, in float32."""
