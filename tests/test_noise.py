@@ -20,6 +20,7 @@ from tensorsurgeon.kernels.noise import ks_distance
 from tensorsurgeon.kernels.subspaces import angles_between, energies, find_subspaces
 from tensorsurgeon.registry import Findings
 from tensorsurgeon.running import Running, run_under
+from tensorsurgeon.source import ADAPTER
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 Weights = dict[str, torch.Tensor]
@@ -73,7 +74,7 @@ def joint_by_hand(a: Numbers, a_quantised: Numbers, b: Numbers, b_quantised: Num
     return {
         "cancelled": 1 - ((one - other) ** 2).sum() / ((one**2).sum() + (other**2).sum()),
         "cosine": cosine,
-        "by chance": n**-0.5,
+        "cosine by chance": n**-0.5,
         "z": cosine * n**0.5,
         "sign z": (one * other).sum() / np.sqrt((one**2 * other**2).sum()),
         "norm ratio": linalg.norm(other) / linalg.norm(one),
@@ -464,8 +465,9 @@ def test_pieces_and_tiles_are_put_together(tmp_path: Path) -> None:
     models = planted(tmp_path, {NAME: base}, {NAME: noise}, {NAME: tuned}, {NAME: other})
     read = [double(make.read(it.sources[0].directory)[NAME]) for it in models]
     expected = joint_by_hand(*read) | own_by_hand(*read[:2])
+    findings = of_pairs(models, rank=4)
     with run_under(Running(2**20, 2)):
-        findings = of_pairs(models, rank=4)
+        assert of_pairs(models, rank=4) == findings
     row = only_row(findings)
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-9)
     spectra = {it["matrix"]: it for it in findings.tables["spectra"]}
@@ -494,6 +496,18 @@ def test_all_mismatches_are_refused_at_once(tmp_path: Path) -> None:
         f"{names[2]}: is missing in other, B.",
     )
     assert not ts.exams.noise(whole, lacking, names=names[2]).problems
+
+
+def test_integers_are_refused(tmp_path: Path) -> None:
+    models = save(tmp_path / "A", {NAME: normal(64, 32)}), save(tmp_path / "AQ", {NAME: normal(64, 32).to(torch.int8)})
+    with pytest.raises(RefusedError, match="is I8 in quantized; those are no numbers to compute with"):
+        ts.exams.noise(*models)
+
+
+def test_adapters_are_refused(plain: Path) -> None:
+    model = ts.open(plain)
+    with pytest.raises(RefusedError, match="other: is an adapter; merge it first"):
+        of_pairs([model, model, model.replace(layout=ADAPTER), model])
 
 
 @pytest.mark.parametrize("given", ["other", "other_quantized"])
@@ -537,16 +551,18 @@ def test_the_same_pair_twice_cancels_without_a_change(fp8_pairs: list[ts.Checkpo
     assert "energy" not in findings.tables
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_named(tmp_path: Path, bad: float) -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
+def test_what_is_no_number_is_named(tmp_path: Path, bad: float) -> None:
     names = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")]
-    base = {name: normal(64, 32) for name in names}
-    noise = {name: normal(64, 32, seed=1, std=0.01) for name in names}
+    base = {name: normal(64, 32).double() for name in names}
+    noise = {name: normal(64, 32, seed=1, std=0.01).double() for name in names}
     models = planted(tmp_path, base, noise, base, noise)
     broken = make.read(tmp_path / "BQ")
     broken[names[1]][3, 4] = bad
     models[3] = save(tmp_path / "broken", broken)
     findings = of_pairs(models, rank=4)
-    assert findings.problems == (f"{names[1]}: holds NaN or infinity in other-quantized, broken.",)
+    assert findings.problems == (f"{names[1]}: holds NaN, infinity or numbers beyond 1e75 in other-quantized, broken.",)
     assert [row["name"] for row in findings.tables["statistics"]] == names[:1]
-    assert only_row(findings, "model")["matrices with NaN or infinity"] == 1
+    assert only_row(findings, "model")["matrices not looked at"] == 1
+    single = ts.exams.noise(models[3], models[2], rank=4)
+    assert single.problems == (f"{names[1]}: holds NaN, infinity or numbers beyond 1e75 in MODEL, broken.",)

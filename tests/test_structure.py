@@ -163,7 +163,7 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
     }
     assert {module for module, used in users.items() if used} == {
         "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/principal",
-        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/integrity", "exams/lines",
+        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/cancellation", "exams/integrity", "exams/lines",
         "exams/residuals", "exams/vitals",
     }  # fmt: skip
 

@@ -86,7 +86,9 @@ def noise(
     silent = [0] * (len(subject.models) // 2)
     tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, it in found.items():
-        problems += [f"{name}: holds NaN or infinity in {_label(subject, place)}." for place in it.broken]
+        problems += [
+            f"{name}: holds NaN, infinity or numbers beyond 1e75 in {_label(subject, place)}." for place in it.broken
+        ]
         for pair in it.silent:
             silent[pair] += 1
         if it.row:
@@ -144,12 +146,13 @@ def _mismatches(models: Sequence[Checkpoint], name: str) -> Iterator[str]:
         elif it[name].shape != shape:
             yield f"{name}: has shape {list(it[name].shape)} in {label}, and {list(shape)} in MODEL."
         elif it[name].dtype not in PLAIN:
-            yield f"{name}: is {it[name].dtype} in {label}, which is no number to compute with."
+            yield f"{name}: is {it[name].dtype} in {label}; those are no numbers to compute with."
 
 
 def _residuals(subject: Subject, rank: int, in_depth: bool) -> dict[str, Residual]:
     """Return what is found of each matrix, in order."""
-    from tensorsurgeon.exams.residuals import Question, look_at_noise, one_thread_each, work_for
+    from tensorsurgeon.exams.residuals import Question, look_at_noise, work_for
+    from tensorsurgeon.kernels.deltas import one_thread_each
 
     first = subject.models[0]
     tensors = {name: [it[name] for it in subject.models] for name in subject.chosen}
@@ -197,7 +200,7 @@ def _model_row(
         "left out": f"{subject.others} tensors that are no matrices; matrices without noise: {equal}",
     }
     if broken:
-        row["matrices with NaN or infinity"] = broken
+        row["matrices not looked at"] = broken
     if not rows:
         return row | {"verdict": "no matrix has any noise to look at"}
     joint = overall(rows) if len(subject.models) > 2 else {}

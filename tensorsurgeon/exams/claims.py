@@ -9,8 +9,8 @@ SIGNIFICANT = 5.0
 """Standard deviations from which a cosine is more than chance: none of the ten thousand matrices of a large model
 comes that far by chance."""
 CANCELLING = 0.9
-"""What has to be cancelled of two noises for them to be called the same: their difference is then smaller than a third
-of either, and more than 10 dB below what independent ones leave."""
+"""What has to be cancelled of two noises for them to be called the same: their difference is then less than half
+as large as either, and 10 dB below that of independent ones."""
 NOTICEABLE = 0.1
 """What has to be cancelled, or added, to matter: less changes what is left of the noise by under half a decibel. With
 as many elements as matrices have, a hundredth of it is significant already."""

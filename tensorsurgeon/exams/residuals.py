@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tensorsurgeon.exams.streaming import Reader, Work, piece_rows
 from tensorsurgeon.kernels.arrays import as_float32
-from tensorsurgeon.kernels.deltas import one_thread_each
 from tensorsurgeon.kernels.moments import histogram
 from tensorsurgeon.kernels.noise import Tally, difference, ratio
 from tensorsurgeon.kernels.subspaces import (
@@ -28,8 +28,6 @@ from tensorsurgeon.kernels.subspaces import (
     memory_needed,
 )
 from tensorsurgeon.tensor import Block, LazyTensor
-
-__all__ = ["Question", "Residual", "look_at_noise", "one_thread_each", "work_for"]
 
 CENSUS = 4 * 2**20
 """Bytes of memory for the counts of one pair, or less."""
@@ -54,8 +52,8 @@ class Question(NamedTuple):
 class Residual(NamedTuple):
     """What was found of a matrix: statistics, and rows for further tables.
 
-    `broken` are places of models that hold NaN or infinity, `silent` those of pairs that have no noise: of both
-    nothing else is told.
+    `broken` are places of models that hold NaN, infinity or numbers too large to be summed; `silent` are those of pairs
+    that have no noise. Of both nothing else is told.
     """
 
     row: dict[str, Any]
@@ -130,11 +128,14 @@ def _is_kept(tensors: Sequence[LazyTensor], question: Question) -> bool:
 
 def _differences(blocks: Sequence[Block]) -> tuple[torch.Tensor, ...]:
     """Return tiles of those matrices, each rounded once to float32."""
-    if len(blocks) > 2:
-        a, a_quantised, b, b_quantised = blocks
-        made = difference(a, a_quantised), difference(b, b_quantised), difference(b, a)
-        return tuple(map(torch.from_numpy, made))
-    return torch.from_numpy(difference(*blocks)), torch.from_numpy(as_float32(blocks[0]))
+    # What is not finite is named by the sums.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if len(blocks) > 2:
+            a, a_quantised, b, b_quantised = blocks
+            made = difference(a, a_quantised), difference(b, b_quantised), difference(b, a)
+        else:
+            made = difference(*blocks), as_float32(blocks[0])
+    return tuple(map(torch.from_numpy, made))
 
 
 def _tiles(tensors: Sequence[LazyTensor], reader: Reader, kept: list[Sequence[torch.Tensor]] | None) -> Tiles:

@@ -37,6 +37,8 @@ TILE = 65536
 KS_LIMIT = 1.628
 """Two samples of n and m differ with 99% confidence beyond `1.628 sqrt((n + m) / (n m))` (Smirnov's limit)."""
 NEGATIVE_ZERO = PATTERNS // 2
+HUGE = 1e75
+"""Numbers beyond this have no fourth power in float64."""
 OWN, BETWEEN = 10, 6
 
 Numbers = npt.NDArray[np.float64]
@@ -45,7 +47,8 @@ Numbers = npt.NDArray[np.float64]
 class Tally:
     """Sums of one pair of a weight and its quantised form, or of two, and how often each size of noise occurs.
 
-    `broken` are the places of models, in the order in which their blocks come, that hold NaN or infinity.
+    `broken` are the places of models, in the order in which their blocks come, that hold NaN, infinity or more than can
+    be summed.
     """
 
     def __init__(self, rows: int, columns: int, pairs: int) -> None:
@@ -69,7 +72,7 @@ class Tally:
                 if len(noises) > 1:
                     _sum_between(*(it.reshape(-1) for it in (numbers[0], numbers[2], *noises)), self.between)
             if not np.isfinite(self.own).all():
-                self.broken |= {place for place, it in enumerate(numbers) if not np.isfinite(it).all()}
+                self.broken |= {place for place, it in enumerate(numbers) if not (np.abs(it) < HUGE).all()}
 
     def is_silent(self, pair: int) -> bool:
         """Tell whether a pair has no noise at all."""
@@ -97,7 +100,7 @@ class Tally:
         return {
             "cancelled": None if not one + other else 1 - apart / (one + other),
             "cosine": cosine,
-            "by chance": 1 / math.sqrt(n),
+            "cosine by chance": 1 / math.sqrt(n),
             "z": None if cosine is None else cosine * math.sqrt(n),
             "sign z": ratio(dot, math.sqrt(products)),
             "norm ratio": ratio(math.sqrt(other), math.sqrt(one)),

@@ -3,9 +3,9 @@
 Block Krylov iteration with a fixed number of passes (Musco and Musco, "Randomized Block Krylov Methods for Stronger
 and Faster Approximate Singular Value Decomposition", NeurIPS 2015): the spaces of all matrices grow in the same passes
 over their tiles. Directions that stand out from the rest are found to many digits. Noise has a flat spectrum, of which
-no leading subspace is well defined: the values found there are one or two per cent low, and the gap behind the last
-one says so. Each matrix starts from random columns of its own, as flat ones would else be found to have the start in
-common.
+no leading subspace is well defined, as a gap near 0 behind the last value says: values are one to three per cent low
+there, and about half of the exact subspace is found. Each matrix starts from random columns of its own: flat ones would
+else be found to have the start in common.
 
 For subspaces of p and q dimensions of R^n with orthonormal bases V and W, cosines of the principal angles are the
 singular values of V'W (Bjoerck and Golub, 1973). For random ones the sum of their squares, the trace of the product of
@@ -26,7 +26,7 @@ from tensorsurgeon.kernels.lowrank import NOISE, Matrix, Tensor, exact_factors, 
 
 SPARE = 16
 """Columns that a block has besides the rank: what it captures converges the faster for them."""
-STEPS = 3
+STEPS = 4
 """Blocks of a Krylov space: as many passes over the tiles are made, and one before; where it is done exactly, two
 or more for each matrix."""
 
