@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from scipy import linalg, stats
 
 import make
 import tensorsurgeon as ts
+from tensorsurgeon.cli import main
 from tensorsurgeon.errors import RefusedError, UsageError
 from tensorsurgeon.exams.claims import CANCELLING, NOTICEABLE, SIGNIFICANT, overall, verdict_of, weighted_median
 from tensorsurgeon.kernels.noise import ks_distance
@@ -231,8 +233,9 @@ def test_the_same_noise_may_be_the_change_itself(tmp_path: Path) -> None:
     assert row["verdict"] == "cancels"
     assert row["delta SNR"] == pytest.approx(0, abs=1e-9)
     assert row["delta cosine"] is None
-    claim = only_row(findings, "model")["the noise is the same and cancels"]
-    assert claim == "holds: it cancels in 100.0% of the elements; quantised, the change B - A is off by 1 of itself"
+    model = only_row(findings, "model")
+    assert model["the noise is the same and cancels"] == "holds: it cancels in 100.0% of the elements"
+    assert model["the change B - A survives"] == "does not hold: it is off by 100.0% of itself"
 
 
 def test_noise_of_another_distribution_is_told(tmp_path: Path) -> None:
@@ -284,8 +287,9 @@ def test_the_whole_is_weighed_by_elements() -> None:
     found = overall(rows)
     assert found["verdict"] == "cancels"
     assert found["matrices: adds up"] == found["matrices: partly"] == 1
-    claim = "does not hold: it cancels in 83.3% of the elements; quantised, the change B - A is off by 0.1 of itself"
-    assert found["the noise is the same and cancels"] == claim
+    assert found["the noise is the same and cancels"] == "does not hold: it cancels in 83.3% of the elements"
+    assert found["the change B - A survives"] == "holds: it is off by 10.0% of itself"
+    assert "the change B - A survives" not in overall(rows[1:2])
     assert overall(rows[:1])["the noise is the same and cancels"].startswith("holds")
     assert weighted_median(rows, "delta SNR") == 20
     assert weighted_median(rows[1:2], "delta SNR") is None
@@ -498,6 +502,20 @@ def test_all_mismatches_are_refused_at_once(tmp_path: Path) -> None:
     assert not ts.exams.noise(whole, lacking, names=names[2]).problems
 
 
+def test_the_command(fp8_pairs: list[ts.Checkpoint], capsys: pytest.CaptureFixture[str]) -> None:
+    a, a_quantised, b, b_quantised = (str(it.sources[0].directory) for it in fp8_pairs)
+    given = ["noise", a, "--quantized", a_quantised]
+    assert main([*given, "--other", b, "--other-quantized", b_quantised, "--layers", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "the change B - A survives" in shown
+    assert "model.layers.1.mlp.down_proj.weight" in shown
+    assert main([*given, "--module", "*.1.mlp.*", "--rank", "3", "--json"]) == 0
+    tables = json.loads(capsys.readouterr().out)
+    assert [row["rank"] for row in tables["spectra"]] == 6 * [3]
+    assert tables["problems"] == []
+    assert main([*given, "--other", b]) == 2
+
+
 def test_integers_are_refused(tmp_path: Path) -> None:
     models = save(tmp_path / "A", {NAME: normal(64, 32)}), save(tmp_path / "AQ", {NAME: normal(64, 32).to(torch.int8)})
     with pytest.raises(RefusedError, match="is I8 in quantized; those are no numbers to compute with"):
@@ -561,8 +579,10 @@ def test_what_is_no_number_is_named(tmp_path: Path, bad: float) -> None:
     broken[names[1]][3, 4] = bad
     models[3] = save(tmp_path / "broken", broken)
     findings = of_pairs(models, rank=4)
-    assert findings.problems == (f"{names[1]}: holds NaN, infinity or numbers beyond 1e75 in other-quantized, broken.",)
+    assert findings.problems == (
+        f"{names[1]}: holds NaN, infinity or numbers too large to sum in other-quantized, broken.",
+    )
     assert [row["name"] for row in findings.tables["statistics"]] == names[:1]
     assert only_row(findings, "model")["matrices not looked at"] == 1
     single = ts.exams.noise(models[3], models[2], rank=4)
-    assert single.problems == (f"{names[1]}: holds NaN, infinity or numbers beyond 1e75 in MODEL, broken.",)
+    assert single.problems == (f"{names[1]}: holds NaN, infinity or numbers too large to sum in MODEL, broken.",)

@@ -56,8 +56,11 @@ def noise(
 
     Of a model A and its quantised form A', the noise A - A' is held against the weights. With a second pair, B and
     B', both noises are held against each other: their cosine, how much of them cancels in B' - A', whether they are
-    distributed alike, and what is left of the change B - A. One pass over all matrices; those that quantisation
-    left as they are do not count. Singular subspaces take five further passes, and three times as long in all.
+    distributed alike, and what is left of the change B - A. The noise of a matrix cancels (0.9 of it or more), partly
+    (0.1 or more), is independent (less, or no more than chance), or adds up (-0.1 or less).
+
+    One pass over all matrices; those that quantisation left as they are do not count. Singular subspaces take six
+    further passes over what is kept in memory, or read again, and three times as long in all.
 
     Args:
         quantized: The quantised form of the model, or what was decoded from it.
@@ -87,7 +90,8 @@ def noise(
     tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, it in found.items():
         problems += [
-            f"{name}: holds NaN, infinity or numbers beyond 1e75 in {_label(subject, place)}." for place in it.broken
+            f"{name}: holds NaN, infinity or numbers too large to sum in {_label(subject, place)}."
+            for place in it.broken
         ]
         for pair in it.silent:
             silent[pair] += 1

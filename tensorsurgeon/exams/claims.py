@@ -16,6 +16,8 @@ NOTICEABLE = 0.1
 as many elements as matrices have, a hundredth of it is significant already."""
 HOLDING = 0.9
 """Share of all elements in matrices whose noise cancels from which the claim holds for a model."""
+SURVIVING = 10.0
+"""Decibels by which a change exceeds its error if it survives: it is then off by less than a third of itself."""
 
 VERDICTS = ("adds up", "independent", "partly", "cancels")
 """From the noise that is opposite to the one that is the same."""
@@ -39,24 +41,34 @@ def verdict_of(row: Row) -> tuple[str, str]:
 
 
 def overall(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return what all matrices come to: the median verdict, by elements, how many have each, and the claim."""
+    """Return what all matrices come to: the median verdict, by elements, how many have each, and two claims.
+
+    Noise that is the same cancels, but that alone does not save the change from one model to the other: where both are
+    rounded to the same numbers, the noise that cancels is the change.
+    """
     weights = [row["elements"] for row in rows]
     places = [VERDICTS.index(row["verdict"]) for row in rows]
     same = sum(row["elements"] for row in rows if row["verdict"] == "cancels") / sum(weights)
-    holds = "holds" if same >= HOLDING else "does not hold"
-    error = weighted_median(rows, "delta SNR")
-    change = "" if error is None else f"; quantised, the change B - A is off by {10 ** (-error / 20):.2g} of itself"
-    return {
+    found = {
         "verdict": VERDICTS[int(_middle(places, weights))],
         **{f"matrices: {verdict}": places.count(VERDICTS.index(verdict)) for verdict in reversed(VERDICTS)},
-        "the noise is the same and cancels": f"{holds}: it cancels in {same:.1%} of the elements{change}",
+        "the noise is the same and cancels": f"{_claim(same >= HOLDING)}: it cancels in {same:.1%} of the elements",
     }
+    strength = weighted_median(rows, "delta SNR")
+    if strength is not None:
+        error = f"{_claim(strength >= SURVIVING)}: it is off by {10 ** (-strength / 20):.1%} of itself"
+        found["the change B - A survives"] = error
+    return found
 
 
 def weighted_median(rows: Sequence[Row], key: str) -> float | None:
     """Return the median of a column, each row weighed by its elements; rows without a value do not count."""
     known = [(row[key], row["elements"]) for row in rows if row.get(key) is not None]
     return _middle(*zip(*known, strict=True)) if known else None
+
+
+def _claim(holds: bool) -> str:
+    return "holds" if holds else "does not hold"
 
 
 def _middle(values: Sequence[float], weights: Sequence[int]) -> float:

@@ -130,11 +130,11 @@ def _differences(blocks: Sequence[Block]) -> tuple[torch.Tensor, ...]:
     """Return tiles of those matrices, each rounded once to float32."""
     # What is not finite is named by the sums.
     with np.errstate(over="ignore", invalid="ignore"):
-        if len(blocks) > 2:
-            a, a_quantised, b, b_quantised = blocks
-            made = difference(a, a_quantised), difference(b, b_quantised), difference(b, a)
+        if len(blocks) == 2:
+            made = [difference(*blocks), as_float32(blocks[0])]
         else:
-            made = difference(*blocks), as_float32(blocks[0])
+            a, a_quantised, b, b_quantised = blocks
+            made = [difference(a, a_quantised), difference(b, b_quantised), difference(b, a)]
     return tuple(map(torch.from_numpy, made))
 
 
