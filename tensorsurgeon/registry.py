@@ -30,8 +30,8 @@ class Findings(NamedTuple):
     """What an exam found: `tables` of rows by title, and `problems`, of which a sound checkpoint has none.
 
     `details` holds what no cell of a table can: of a tensor, by its `name` (and `model`, where there are two), a
-    `histogram`, the largest magnitudes of its `rows` and `columns`, its `spectrum`. `shown` names the columns of a
-    table that a terminal has room for, where it has more.
+    `histogram` or several `histograms` by what they are of, the largest magnitudes of its `rows` and `columns`, its
+    `spectrum`. `shown` names the columns of a table that a terminal has room for, where it has more.
     """
 
     tables: Mapping[str, list[dict[str, Any]]]

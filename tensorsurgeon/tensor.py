@@ -185,6 +185,17 @@ class LazyTensor:
         data = memoryview(block.data)[self._bytes_of(start - first) : self._bytes_of(stop - first)]
         return Block(self.dtype, self._shape_of(stop - start), data)
 
+    def foresee(self, start: int, stop: int) -> None:
+        """Tell the system that rows will be read soon, so that it fetches them from the disk meanwhile."""
+        if self.span:
+            begin = self._bytes_of(start)
+            with open(self.span.path, "rb", buffering=0) as file:
+                size = self._bytes_of(stop) - begin
+                os.posix_fadvise(file.fileno(), self.span.offset + begin, size, os.POSIX_FADV_WILLNEED)
+        for it in self.inputs:
+            last = min(-(-stop // it.rows) * it.each, it.tensor.rows) if it.rows else it.tensor.rows
+            it.tensor.foresee(start // it.rows * it.each if it.rows else 0, last)
+
     def _stacked(self, start: int, stop: int) -> Iterator[Buffer]:
         begin = 0
         for tensor, first, last in self.parts:

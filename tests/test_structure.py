@@ -63,7 +63,7 @@ LIGHT = (
     "module_lists", "arrangement", "sequence", "lora", "running",
     "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
     "durable", "writer", "quantized", "ops", "mergekit", "recipe", "cli", "report", "__init__", "__main__",
-    "exams/__init__", "exams/overview", "exams/integrity",
+    "exams/__init__", "exams/cancellation", "exams/claims", "exams/integrity", "exams/overview",
 )  # fmt: skip
 """Modules that start at once: none of them imports a library of numbers, not even later for its own use."""
 
@@ -163,7 +163,8 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
     }
     assert {module for module, used in users.items() if used} == {
         "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/principal",
-        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/integrity",
+        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/cancellation", "exams/integrity", "exams/lines",
+        "exams/residuals", "exams/vitals",
     }  # fmt: skip
 
 
@@ -207,7 +208,7 @@ def test_the_exported_names() -> None:
         "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "repeat_layers", "reshard",
         "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
-    assert ts.exams.__all__ == ["inspect", "verify"]
+    assert ts.exams.__all__ == ["autopsy", "inspect", "noise", "verify"]
     for module in (ts, ts.ops, ts.exams):
         assert all(hasattr(module, name) for name in module.__all__)
 

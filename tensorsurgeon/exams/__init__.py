@@ -1,8 +1,9 @@
 """Exams: functions from a checkpoint to findings; they look, and write nothing."""
 
+from tensorsurgeon.exams.cancellation import noise
 from tensorsurgeon.exams.changes import diff
 from tensorsurgeon.exams.health import autopsy
 from tensorsurgeon.exams.integrity import verify
 from tensorsurgeon.exams.overview import inspect
 
-__all__ = ["autopsy", "diff", "inspect", "verify"]
+__all__ = ["autopsy", "diff", "inspect", "noise", "verify"]

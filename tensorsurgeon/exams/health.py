@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.exams.lines import Lines
 from tensorsurgeon.exams.selection import layer_number, role_label, select
-from tensorsurgeon.exams.streaming import Reader, Work, each, reading
+from tensorsurgeon.exams.streaming import Reader, Work, each
 from tensorsurgeon.exams.verdict import DUPLICATED, Rule, Subject, judge, with_limits
 from tensorsurgeon.names import layer_name
 from tensorsurgeon.notation import format_layers
@@ -111,14 +112,12 @@ def _patient(ckpt: Checkpoint, names: str | None, roles: Sequence[str] | None, l
 
 def _vitals(patient: Patient, kept: Lines, place: int, sample: float, spectrum: bool) -> dict[str, Vitals]:
     """Return what is found of each tensor, in order; what a file of lines holds is not looked at again."""
-    from tensorsurgeon.exams.vitals import look_at, with_spectrum
-    from tensorsurgeon.kernels.deltas import one_thread_each
-    from tensorsurgeon.kernels.spectrum import spectrum_memory
+    from tensorsurgeon.exams.vitals import look_at, spectral_memory, with_spectrum
 
     plain = patient.plain
     done = {name: held for name in patient.chosen if (held := kept.get(place, name))}
     work = {
-        name: Work([plain[name]], sample, spectrum_memory(plain[name].shape) if spectrum else 0)
+        name: Work([plain[name]], sample, spectral_memory(plain[name].shape) if spectrum else 0)
         for name in patient.chosen
         if name not in done
     }
@@ -129,11 +128,17 @@ def _vitals(patient: Patient, kept: Lines, place: int, sample: float, spectrum: 
         vitals = look_at(plain[name], reader, sample, table)
         return with_spectrum(vitals, plain[name]) if spectrum else vitals
 
-    with one_thread_each():
+    with _single_threads() if spectrum else nullcontext():
         for name, vitals in each(work, "autopsy", look):
             done[name] = vitals
             kept.put(place, name, vitals)
     return {name: done[name] for name in patient.chosen}
+
+
+def _single_threads() -> AbstractContextManager[None]:
+    from tensorsurgeon.kernels.deltas import one_thread_each
+
+    return one_thread_each()
 
 
 def _subject(patient: Patient, name: str, vitals: Vitals) -> Subject:
@@ -180,12 +185,14 @@ def _duplicates(
 
 def _same(ckpt: Checkpoint, prefix: str, parts: Sequence[tuple[str, str]], one: int, other: int) -> bool:
     """Compare two layers byte by byte."""
-    with reading(0, "") as reader:
-        return all(
-            bytes(first.data) == bytes(second.data)
-            for rest, _ in parts
-            for _, (first, second) in reader.pieces(ckpt[f"{prefix}{one}.{rest}"], ckpt[f"{prefix}{other}.{rest}"])
-        )
+    from tensorsurgeon.kernels.comparison import same_bytes
+
+    reader = Reader(lambda count: None)
+    return all(
+        same_bytes(first.data, second.data)
+        for rest, _ in parts
+        for _, (first, second) in reader.pieces(ckpt[f"{prefix}{one}.{rest}"], ckpt[f"{prefix}{other}.{rest}"])
+    )
 
 
 def _rest(name: str) -> str:

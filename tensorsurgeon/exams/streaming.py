@@ -1,14 +1,13 @@
-"""Read tensors ahead of what computes on them, several at a time, in the memory that there is."""
+"""Read tensors piece by piece, several at a time, in the memory that there is."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import prod
 from typing import NamedTuple, TypeVar
 
+from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.running import Budget, running
 from tensorsurgeon.tensor import Block, LazyTensor
@@ -19,18 +18,20 @@ ROWS = 256
 """Pieces begin at a multiple of this many rows: a whole number of the blocks of block formats."""
 WIDEST = 2**24
 """Elements of a piece at most, unless a single row has more."""
-AHEAD = 2
-"""Pieces of a tensor that are read before they are needed."""
+AHEAD = 4
+"""Pieces that the system is told of before they are needed."""
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Reader:
-    """Reads pieces of tensors on threads of its own, and counts the bytes that they took on disk."""
+    """Reads pieces of tensors, and counts the bytes that they took on disk.
 
-    def __init__(self, pool: ThreadPoolExecutor, advance: Advance) -> None:
-        self.pool = pool
+    The system is told of pieces before they are needed, and fetches them while others are computed. A piece is read by
+    the thread that computes on it, so that it is in that core's cache.
+    """
+
+    def __init__(self, advance: Advance) -> None:
         self.advance = advance
 
     def pieces(
@@ -39,27 +40,16 @@ class Reader:
         """Yield the first row and a block of each tensor, tensors of one shape; with a `share`, evenly spread ones."""
         rows, step = tensors[0].rows, piece_rows(tensors[0])
         starts = spread(range(0, rows, step), share)
-        disk = [sum(span.nbytes for span in tensor.spans()) / max(rows, 1) for tensor in tensors]
-
-        def read(start: int) -> list[Block]:
-            return [tensor.read(start, min(start + step, rows)) for tensor in tensors]
-
-        waiting = iter(starts)
-        ahead: deque[tuple[int, Future[list[Block]]]] = deque()
-        try:
-            while True:
-                while len(ahead) < AHEAD and (start := next(waiting, None)) is not None:
-                    ahead.append((start, self.pool.submit(read, start)))
-                if not ahead:
-                    return
-                start, future = ahead.popleft()
-                blocks = future.result()
-                if counted:
-                    self.advance(round(sum(disk) * (min(start + step, rows) - start)))
-                yield start, blocks
-        finally:
-            for _, future in ahead:
-                future.cancel()
+        disk = sum(span.nbytes for tensor in tensors for span in tensor.spans()) / max(rows, 1)
+        for place, start in enumerate(starts):
+            for soon in starts[:AHEAD] if place == 0 else starts[place + AHEAD : place + AHEAD + 1]:
+                for tensor in tensors:
+                    tensor.foresee(soon, min(soon + step, rows))
+            stop = min(start + step, rows)
+            blocks = [tensor.read(start, stop) for tensor in tensors]
+            if counted:
+                self.advance(round(disk * (stop - start)))
+            yield start, blocks
 
 
 class Work(NamedTuple):
@@ -81,8 +71,8 @@ class Work(NamedTuple):
     def memory(self) -> int:
         """Bytes of the pieces in hand, with what computing them takes."""
         step = min(piece_rows(self.tensors[0]), self.tensors[0].rows)
-        pieces = (AHEAD + 2) * sum(step * tensor.row_memory + tensor.fixed_memory for tensor in self.tensors)
-        return pieces + self.besides
+        pieces = sum(step * tensor.row_memory + tensor.fixed_memory for tensor in self.tensors)
+        return 2 * pieces + self.besides
 
 
 def flattened(tensor: LazyTensor) -> LazyTensor:
@@ -105,24 +95,20 @@ def spread(starts: Sequence[int], share: float) -> list[int]:
     return [starts[(2 * place + 1) * len(starts) // (2 * count)] for place in range(count)] if starts else []
 
 
-@contextmanager
-def reading(total: int, label: str) -> Iterator[Reader]:
-    """Give a reader to a block, with a bar over the bytes that it reads."""
-    settings = running()
-    with progress_bar(total, label, settings.quiet) as advance, ThreadPoolExecutor(settings.workers) as pool:
-        yield Reader(pool, advance)
-
-
 def each(work: Mapping[str, Work], label: str, look: Callable[[str, Reader], R]) -> Iterator[tuple[str, R]]:
     """Look at everything, the largest first and several at a time; yield what was found as it comes."""
     settings = running()
     budget = Budget(settings.memory)
     order = sorted(work, key=lambda name: -work[name].nbytes)
-    with reading(sum(it.nbytes for it in work.values()), label) as reader:
+    with progress_bar(sum(it.nbytes for it in work.values()), label, settings.quiet) as advance:
+        reader = Reader(advance)
 
         def found(name: str) -> tuple[str, R]:
-            with budget.reserve(work[name].memory):
-                return name, look(name, reader)
+            try:
+                with budget.reserve(work[name].memory):
+                    return name, look(name, reader)
+            except SurgeonError as problem:
+                raise type(problem)(*(f"{name}: {text}" for text in problem.problems)) from None
 
         with ThreadPoolExecutor(settings.workers) as pool:
             futures = [pool.submit(found, name) for name in order]

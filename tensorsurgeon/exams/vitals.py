@@ -12,10 +12,10 @@ import numpy as np
 
 from tensorsurgeon.exams.streaming import ROWS, Reader, flattened
 from tensorsurgeon.kernels.arrays import Array, as_array, as_numbers
-from tensorsurgeon.kernels.census import Census
+from tensorsurgeon.kernels.census import Census, grid
 from tensorsurgeon.kernels.lattice import SIDE, WIDTH, Lattice, find_lattice
-from tensorsurgeon.kernels.moments import WIDE, Moments, block_moments, census_moments, grid, histogram, statistics
-from tensorsurgeon.kernels.spectrum import singular_values, spectral_statistics
+from tensorsurgeon.kernels.moments import Moments, block_moments
+from tensorsurgeon.kernels.statistics import WIDE, exact_moments, histogram, present, statistics
 from tensorsurgeon.tensor import Block, LazyTensor
 
 PROBES = 2
@@ -70,10 +70,9 @@ def look_at(tensor: LazyTensor, reader: Reader, share: float = 1.0, table: bool 
             if table:
                 heads.append(_heads(block))
     counts = census.counts
-    if exact:
-        moments = census_moments(counts, tensor.dtype)
-    row = statistics(moments, counts, tensor.dtype)
-    detail = {"histogram": histogram(counts, tensor.dtype)}
+    numbers = present(counts, tensor.dtype)
+    row = statistics(numbers, exact_moments(numbers) if exact else moments)
+    detail = {"histogram": histogram(numbers)}
     values = grid(tensor.dtype).values
     sides = {"row": census.rows[census.seen], "column": census.columns if columns > 1 else None}
     for side, magnitudes in sides.items():
@@ -140,6 +139,8 @@ def _grouped(largest: Array) -> dict[str, Any]:
 
 def with_spectrum(vitals: Vitals, tensor: LazyTensor) -> Vitals:
     """Return the vitals of a matrix with its singular values; the matrix is read again."""
+    from tensorsurgeon.kernels.spectrum import singular_values, spectral_statistics
+
     if len(tensor.shape) != 2 or vitals.row["NaN"] or vitals.row["Inf"]:
         return vitals._replace(row=vitals.row | spectral_statistics(np.zeros(1)))
     singular = singular_values(tensor.shape, lambda: (tensor.read(*rows) for rows in tensor.blocks(BLOCK)))
@@ -148,3 +149,8 @@ def with_spectrum(vitals: Vitals, tensor: LazyTensor) -> Vitals:
         row=vitals.row | spectral_statistics(singular),
         detail=vitals.detail | {"spectrum": [float(f"{value:.6g}") for value in shown]},
     )
+
+
+def spectral_memory(shape: tuple[int, ...]) -> int:
+    """Return the bytes that singular values of a matrix take: its Gram matrix of the shorter side, three times."""
+    return 3 * 8 * min(shape) ** 2 if len(shape) == 2 else 0

@@ -8,6 +8,9 @@ by the upper sixteen bits of their float32; what has to be exact is summed besid
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +25,14 @@ STRETCH = 8192
 """Elements that are counted, and then looked at for their magnitude, while they are in the first-level cache."""
 
 Counts = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float64]
+
+
+class Grid(NamedTuple):
+    """What patterns mean in a dtype: `values` of all 65536, and the places of finite ones from the least upwards."""
+
+    values: Numbers
+    ordered: npt.NDArray[np.intp]
 
 
 class Census:
@@ -68,6 +79,18 @@ def patterns(block: Block) -> npt.NDArray[np.uint16]:
         return array.view(np.uint16)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.ascontiguousarray(array.astype(np.float32, copy=False).view(np.uint16)[1::2])
+
+
+@cache
+def grid(dtype: str) -> Grid:
+    """Return what patterns mean in F16, or as the upper half of a float32, which is BF16."""
+    bits = np.arange(PATTERNS, dtype=np.uint16)
+    narrow = bits.view(np.float16) if dtype == "F16" else (bits.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(invalid="ignore"):
+        values = narrow.astype(np.float64)
+    # Negative zero before zero: a pattern's place is that of its number.
+    ordered = np.argsort(np.where(bits >> 15, -(bits.astype(np.int64) & 0x7FFF) - 1, bits), kind="stable")
+    return Grid(values, ordered[np.isfinite(values)[ordered]])
 
 
 def count_plainly(bits: Array) -> tuple[Counts, Array, Array]:

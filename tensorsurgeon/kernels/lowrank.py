@@ -172,9 +172,9 @@ def krylov_factors(matrix: Matrix, enough: Enough, hint: int, seed: int, device:
         gram = torch.cat([torch.cat([gram, side], 1), torch.cat([side.T, _gram(image, image)], 1)])
         basis, images = torch.cat([basis, following], 1), torch.cat([images, image], 1)
         pending = torch.cat([pending, mapped], 1)
-        following, coupling = torch.linalg.qr(_without(basis, pending))
+        following, coupling = torch.linalg.qr(orthogonal_to(basis, pending))
         # What was nearly nothing has been made as long as the rest, and its rounding with it.
-        following = torch.linalg.qr(_without(basis, following))[0]
+        following = torch.linalg.qr(orthogonal_to(basis, following))[0]
         values, vectors = torch.linalg.eigh(gram)
         squares, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         exhausted = matrix.total - float(squares.sum()) <= NOISE * matrix.total
@@ -192,13 +192,13 @@ def krylov_factors(matrix: Matrix, enough: Enough, hint: int, seed: int, device:
                     chosen = vectors[:, :rank].float()
                     return Factors(images @ chosen, basis @ chosen, True, squares[:rank], 0.0 if exhausted else slack)
                 confirmed, sums = sums[-1], []
-                following = torch.linalg.qr(_without(basis, random_block()))[0]
+                following = torch.linalg.qr(orthogonal_to(basis, random_block()))[0]
                 continue
         pending = pending[:, :0]
     return None
 
 
-def _without(basis: Tensor, block: Tensor) -> Tensor:
+def orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
     """Return what of a block is orthogonal to the basis; twice, as once leaves rounding."""
     for _ in range(2):
         block = block - basis @ (basis.T @ block)

@@ -33,11 +33,6 @@ NOISE = 1e-12
 Numbers = npt.NDArray[np.float64]
 
 
-def spectrum_memory(shape: tuple[int, ...]) -> int:
-    """Return the bytes that singular values of a matrix take: its Gram matrix of the shorter side, three times."""
-    return 3 * 8 * min(shape) ** 2 if len(shape) == 2 else 0
-
-
 def singular_values(shape: tuple[int, ...], blocks: Callable[[], Iterable[Block]]) -> Numbers:
     """Return the singular values in descending order; `blocks` gives the rows from the first to the last, each time."""
     columns = prod(shape[1:])
