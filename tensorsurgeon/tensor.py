@@ -161,8 +161,10 @@ class LazyTensor:
             dtype, (-(-self.rows // size), *row_shape), None, function, inputs, grain=grain, history=history
         )
 
-    def read(self, start: int = 0, stop: int | None = None) -> Block:
+    def read(self, start: int = 0, stop: int | None = None, into: bytearray | None = None) -> Block:
         """Read or compute the rows from `start` up to but not including `stop`.
+
+        What is only read may be put `into` memory that is large enough, and then lasts until that is used again.
 
         Raises:
             CheckpointError: for a file that is shorter than its header said, and for rows of a sub-byte dtype
@@ -173,8 +175,8 @@ class LazyTensor:
             raise ValueError(f"rows {start} to {stop} are asked of a tensor with {self.rows}.")
         if self.span:
             skipped = self._bytes_of(start)
-            data: Buffer = read_span(Span(self.span.path, self.span.offset + skipped, self._bytes_of(stop) - skipped))
-            return Block(self.dtype, self._shape_of(stop - start), data)
+            span = Span(self.span.path, self.span.offset + skipped, self._bytes_of(stop) - skipped)
+            return Block(self.dtype, self._shape_of(stop - start), read_span(span, into))
         if self.parts:
             return Block(self.dtype, self._shape_of(stop - start), b"".join(self._stacked(start, stop)))
         assert self.function
@@ -232,13 +234,13 @@ def stacked(parts: Sequence[Rows]) -> LazyTensor:
     return LazyTensor(dtype, (rows, *row_shape), parts=tuple(parts), history="stack rows")
 
 
-def read_span(span: Span) -> bytearray:
-    """Read a span of a file into memory.
+def read_span(span: Span, into: bytearray | None = None) -> Buffer:
+    """Read a span of a file into new memory, or into some that is large enough.
 
     Raises:
         CheckpointError: where the file ends before the span does.
     """
-    data = bytearray(span.nbytes)
+    data: Buffer = bytearray(span.nbytes) if into is None else memoryview(into)[: span.nbytes]
     view, position = memoryview(data), 0
     with open(span.path, "rb", buffering=0) as file:
         while position < span.nbytes:

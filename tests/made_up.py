@@ -101,7 +101,8 @@ def autopsy(layers: int = 36, model: str | None = None, seed: int = 5) -> Findin
             detail["rows"] = {"largest": magnitudes(chance, 256, 4 * deviation, 3), "group": height // 128}
             detail["columns"] = {"largest": magnitudes(chance, 256, 4 * deviation, tail), "group": width // 256}
         if role == "attention o":
-            detail["spectrum"] = [12 * deviation * (i + 1) ** -0.35 * exp(-((i / 420) ** 3)) for i in range(512)]
+            values = [12 * deviation * (i + 1) ** -0.35 * exp(-((i / 420) ** 3)) for i in range(0, 512, 2)]
+            detail["spectrum"] = {"values": values, "step": 2}
         rows.append(row)
         details.append(detail)
     facts = {"name": "Qwen/Qwen3-8B", "architecture": "Qwen3ForCausalLM", "parameters": 8190735360, "dtype": "bfloat16"}

@@ -116,14 +116,17 @@ def powers_of_two(weight: torch.Tensor) -> torch.Tensor:
 
 
 def four_bits(weight: torch.Tensor) -> torch.Tensor:
-    groups = weight.reshape(-1, 128)
+    groups = weight.reshape(-1, 32)
     scale = groups.abs().amax(1, keepdim=True) / 7
     return ((groups / scale).round() * scale).reshape(weight.shape)
 
 
+@pytest.mark.parametrize("shape", [(640, 512), (128, 512), (512, 64)])
 @pytest.mark.parametrize("quantized", [per_tensor, powers_of_two, four_bits])
-def test_other_ways_to_quantise_are_healthy(tmp_path: Path, quantized: Callable[..., torch.Tensor]) -> None:
-    assert examined(saved(tmp_path / "model", healthy() | {UP: quantized(matrix())})).problems == ()
+def test_other_ways_to_quantise_are_healthy(
+    tmp_path: Path, quantized: Callable[..., torch.Tensor], shape: tuple[int, int]
+) -> None:
+    assert examined(saved(tmp_path / "model", healthy() | {UP: quantized(matrix(*shape))})).problems == ()
 
 
 def planted(name: str, change: Callable[[torch.Tensor], object]) -> Callable[[Weights], object]:

@@ -82,7 +82,8 @@ def test_help_lists_every_parameter_and_ends_with_the_exit_statuses(run: Run, co
     assert shown.endswith(EXIT_STATUS)
     spec = {**EXAMS, **OPERATIONS}.get(command)
     for parameter in spec.parameters if spec else ():
-        assert f"--{parameter.word.replace('_', '-')}" in shown
+        operand = parameter.required and command in EXAMS
+        assert (f"{parameter.word.upper()}: " if operand else f"--{parameter.word.replace('_', '-')}") in shown
         assert words(parameter.help) in shown
     if command in (*OPERATIONS, "run"):
         for option in ("--dry-run", "--json", "--memory", "--threads", "--max-shard-size", "--shards", "--overwrite"):
@@ -110,7 +111,7 @@ def test_the_version_is_printed(run: Run) -> None:
         (["drop_layers", "{plain}", "{dest}"], 2, "there is no command 'drop_layers'. Did you mean 'drop-layers'?"),
         (["zzzzzz"], 2, "there is no command 'zzzzzz'."),
         (["--vresion"], 2, "Did you mean '--version'?"),
-        (["inspect", "--jsn", "{plain}"], 2, "Did you mean '--json'?"),
+        (["inspect", "--jsn", "{plain}"], 2, "'--json'"),
         (["drop-layers", "{plain}", "{dest}", "--layer", "1"], 2, "Did you mean '--layers'?"),
         (["drop-layers", "{plain}", "{dest}"], 2, "Missing option '--layers'"),
         (["drop-layers", "{plain}"], 2, "Missing argument 'DEST'"),
@@ -379,7 +380,9 @@ def test_settings_of_run_are_laid_over_the_recipe(run: Run, plain: Path, tmp_pat
 def test_the_reference_has_every_operation_and_exam_with_every_parameter(run: Run) -> None:
     text = run("reference").out
     headings = [line for line in text.splitlines() if line.startswith("#### ")]
-    operands = [(name, "SRC DEST") for name in OPERATIONS] + [(name, "MODEL") for name in EXAMS]
+    further = {"diff": " OTHER", "noise": " QUANTIZED"}
+    operands = [(name, "SRC DEST") for name in OPERATIONS]
+    operands += [(name, f"MODEL{further.get(name, '')}") for name in EXAMS]
     assert headings == [f"#### `{name} {operand}`" for name, operand in operands]
     for section, (name, _) in zip(text.split("#### ")[1:], operands, strict=True):
         spec = {**OPERATIONS, **EXAMS}[name]

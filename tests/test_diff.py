@@ -97,7 +97,7 @@ def expected(one: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
         "mean difference": np.abs(d).mean(),
         "relative error": np.linalg.norm(d) / np.linalg.norm(x),
         "cosine": x @ y / np.linalg.norm(x) / np.linalg.norm(y),
-        "SNR dB": 10 * math.log10((x**2).sum() / (d**2).sum()) if d.any() else None,
+        "SNR": 10 * math.log10((x**2).sum() / (d**2).sum()) if d.any() else None,
         "delta stable rank": (singular**2).sum() / singular[0] ** 2 if singular is not None and d.any() else None,
     }
 

@@ -64,7 +64,7 @@ def test_the_same_findings_are_the_same_figures(tmp_path: Path) -> None:
 def test_dollars_and_tags_in_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     name = "$\\frac{x$ <b>&amp;"
     row = {"name": name, "role": name, name: 1.0}
-    detail = {"name": name, "spectrum": [2.0, 1.0]}
+    detail = {"name": name, "spectrum": {"values": [2.0, 1.0], "step": 1}}
     rows = [{**row, "layer": 0}, {**row, "layer": 1, name: nan}, {**row, "layer": 2, name: 3.0}]
     paths = write_figures(Findings({name: rows}, (), [detail]), tmp_path)
     assert [path.name for path in paths] == [

@@ -427,7 +427,7 @@ def test_a_module_in_depth(fp8_pairs: list[ts.Checkpoint]) -> None:
         first = 2.0 ** found["octave"]
         assert found["positive"][0] == ((noise >= first) & (noise < 1.25 * first)).sum()
     left, values, _ = svd(double(base[NAME]) - decoded(base[NAME]), 16)
-    assert detail["spectrum"] == pytest.approx(values[:17], rel=1e-5)
+    assert detail["spectrum"]["values"] == pytest.approx(values[:17], rel=1e-5)
     other = svd(double(tuned[NAME]) - decoded(tuned[NAME]), 16)[0]
     angles = [
         row["degrees"]
@@ -436,7 +436,7 @@ def test_a_module_in_depth(fp8_pairs: list[ts.Checkpoint]) -> None:
     ]
     assert angles == pytest.approx(np.rad2deg(linalg.subspace_angles(left, other))[::-1], abs=1e-3)
     both = ts.exams.noise(fp8_pairs[0], fp8_pairs[1], module="*.mlp.down_proj", layers="0", rank=5)
-    assert len(both.details[0]["spectrum"]) == 6
+    assert len(both.details[0]["spectrum"]["values"]) == 6
     assert list(both.details[0]["histograms"]) == ["A"]
 
 
@@ -504,7 +504,7 @@ def test_all_mismatches_are_refused_at_once(tmp_path: Path) -> None:
 
 def test_the_command(fp8_pairs: list[ts.Checkpoint], capsys: pytest.CaptureFixture[str]) -> None:
     a, a_quantised, b, b_quantised = (str(it.sources[0].directory) for it in fp8_pairs)
-    given = ["noise", a, "--quantized", a_quantised]
+    given = ["noise", a, a_quantised]
     assert main([*given, "--other", b, "--other-quantized", b_quantised, "--layers", "1"]) == 0
     shown = capsys.readouterr().out
     assert "the change B - A survives" in shown

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import MANNEQUIN
 
 import make
 from tensorsurgeon.cli import main
@@ -68,3 +70,12 @@ def test_a_recipe_is_planned(
     assert plan["bytes_to_write"] > 10**9
     assert plan["steps"]
     assert max(shard["bytes"] for shard in plan["shards"]) < 5_100_000_000
+
+
+def test_the_pages_of_the_mannequin_are_made(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "recipes" / "look-inside.sh"
+    models = [str(MANNEQUIN / name) for name in ("bf16", "fp8")]
+    subprocess.run([str(script), *models, str(tmp_path), str(MANNEQUIN / "tuned"), models[0]], check=True)
+    made = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert made.keys() == {"autopsy.html", "side-by-side.html", "diff.html", "noise.html"}
+    assert all(1e6 < size < 6e6 for size in made.values())

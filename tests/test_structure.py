@@ -63,7 +63,9 @@ LIGHT = (
     "module_lists", "arrangement", "sequence", "lora", "running",
     "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
     "durable", "writer", "quantized", "ops", "mergekit", "recipe", "cli", "report", "__init__", "__main__",
-    "exams/__init__", "exams/cancellation", "exams/claims", "exams/integrity", "exams/overview",
+    "exams/__init__", "exams/cancellation", "exams/change_tables", "exams/changes", "exams/claims", "exams/documents",
+    "exams/health", "exams/integrity", "exams/lines", "exams/overview", "exams/selection", "exams/streaming",
+    "exams/verdict",
 )  # fmt: skip
 """Modules that start at once: none of them imports a library of numbers, not even later for its own use."""
 
@@ -163,8 +165,8 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
     }
     assert {module for module, used in users.items() if used} == {
         "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/principal",
-        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/cancellation", "exams/integrity", "exams/lines",
-        "exams/residuals", "exams/vitals",
+        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/alignment", "exams/cancellation",
+        "exams/changes", "exams/health", "exams/integrity", "exams/lines", "exams/residuals", "exams/vitals",
     }  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def test_the_exported_names() -> None:
         "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "repeat_layers", "reshard",
         "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
-    assert ts.exams.__all__ == ["autopsy", "inspect", "noise", "verify"]
+    assert ts.exams.__all__ == ["autopsy", "diff", "inspect", "noise", "verify"]
     for module in (ts, ts.ops, ts.exams):
         assert all(hasattr(module, name) for name in module.__all__)
 

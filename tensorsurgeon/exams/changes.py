@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from math import prod, sqrt
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError
+from tensorsurgeon.exams.change_tables import by_layer, by_role, summary
 from tensorsurgeon.exams.documents import unequal_files, unequal_keys
 from tensorsurgeon.exams.selection import layer_number, role_label, select
-from tensorsurgeon.exams.streaming import Reader, Work, each
+from tensorsurgeon.exams.streaming import Reader, Work, each, same_bytes
 from tensorsurgeon.names import companions
-from tensorsurgeon.notation import format_layers
 from tensorsurgeon.ops.dequantization import as_plain
 from tensorsurgeon.parameters import Glob, Layers, Model, Words
-from tensorsurgeon.quantized import PLAIN, format_name
+from tensorsurgeon.quantized import PLAIN
 from tensorsurgeon.registry import Findings, exam, open_model
 from tensorsurgeon.running import Budget, running
 from tensorsurgeon.tensor import LazyTensor
@@ -24,7 +24,7 @@ from tensorsurgeon.tensor import LazyTensor
 if TYPE_CHECKING:
     from tensorsurgeon.kernels.comparison import Difference
 
-SHOWN = ("name", "change", "relative error", "cosine", "SNR dB", "largest difference", "delta stable rank")
+SHOWN = ("name", "change", "relative error", "cosine", "SNR", "largest difference", "delta stable rank")
 
 
 class Side(NamedTuple):
@@ -88,11 +88,15 @@ def diff(
     absent += [{"tensor": name, "change": "added", **_described(two.raw, name)} for name in new]
     config = list(unequal_keys(one.raw.config.value, two.raw.config.value))
     files = list(unequal_files(one.raw, two.raw))
-    layer_text, layer_rows = _layers(one, alignment.layers, rows)
-    summary = _summary(one, two, rows, absent, config, files) | {"layers": layer_text}
-    tables = {"model": [summary], "absent": absent, "config": config, "files": files}
+    layer_text, layer_rows = by_layer(one.plain, alignment.layers, rows)
+    facts = summary(one.raw, two.raw, rows, absent) | {
+        "config keys": len(config),
+        "other files": len(files),
+        "layers": layer_text,
+    }
+    tables = {"model": [facts], "absent": absent, "config": config, "files": files}
     if any(row["change"] != "equal" for row in rows):
-        tables |= {"roles": _by_role(rows), "layers": layer_rows, "tensors by change": rows}
+        tables |= {"roles": by_role(rows), "layers": layer_rows, "tensors by change": rows}
     problems = tuple(
         f"{name}: {it.difference.broken:,} elements are NaN or infinite in one of the two models only."
         for name, it in found.items()
@@ -113,46 +117,49 @@ def _side(ckpt: Checkpoint) -> Side:
 
 
 def _compare(one: Side, two: Side, pairs: Mapping[str, str]) -> dict[str, Compared]:
-    from tensorsurgeon.kernels.comparison import compare_blocks, same_bytes, sum_differences
-    from tensorsurgeon.kernels.deltas import one_thread_each
-
-    budget = Budget(running().memory)
-
-    def same(first: LazyTensor, second: LazyTensor, reader: Reader) -> bool:
-        if (first.dtype, first.shape) != (second.dtype, second.shape):
-            return False
-        if first.span and first.span == second.span:
-            return True
-        blocks = reader.pieces(first, second, counted=False)
-        return all(same_bytes(x.data, y.data) for _, (x, y) in blocks)
+    def same(first: LazyTensor, second: LazyTensor) -> bool:
+        return (first.dtype, first.shape) == (second.dtype, second.shape) and same_bytes(first, second)
 
     def compare(name: str, reader: Reader) -> Compared:
         parts, others = one.parts(pairs[name]), two.parts(name)
-        if len(parts) == len(others) and all(same(*both, reader) for both in zip(parts, others, strict=True)):
+        if len(parts) == len(others) and all(map(same, parts, others)):
             reader.advance(work[name].nbytes)
             return Compared(True)
         first, second = one.plain[pairs[name]], two.plain[name]
         if first.shape != second.shape or not {first.dtype, second.dtype} <= set(PLAIN):
             reader.advance(work[name].nbytes)
             return Compared(False)
+        from tensorsurgeon.kernels.comparison import compare_blocks, sum_differences
+
         pieces = reader.pieces(first, second)
-        difference = sum_differences([sums for _, blocks in pieces for sums in compare_blocks(*blocks)])
-        return Compared(False, difference, _stable_rank(first, second, difference, budget))
+        return Compared(False, sum_differences([sums for _, blocks in pieces for sums in compare_blocks(*blocks)]))
 
     work = {name: Work([*one.parts(origin), *two.parts(name)]) for name, origin in pairs.items()}
-    with one_thread_each():
-        return dict(each(work, "diff", compare))
+    found = dict(each(work, "diff", compare))
+    matrices = [name for name, it in found.items() if _has_rank(two.plain[name], it.difference)]
+    ranks = _stable_ranks({name: (one.plain[pairs[name]], two.plain[name]) for name in matrices}) if matrices else {}
+    return {name: it._replace(stable_rank=ranks.get(name)) for name, it in found.items()}
 
 
-def _stable_rank(first: LazyTensor, second: LazyTensor, difference: Difference, budget: Budget) -> float | None:
-    """Return `|D|_F^2 / s_1^2` of the difference D of two matrices."""
-    from tensorsurgeon.kernels.deltas import Delta, Goal, Wish, explore
+def _has_rank(tensor: LazyTensor, difference: Difference | None) -> bool:
+    return difference is not None and len(tensor.shape) == 2 and difference.squares > 0 and not difference.broken
 
-    if len(first.shape) != 2 or not difference.squares or difference.broken:
-        return None
+
+def _stable_ranks(pairs: Mapping[str, tuple[LazyTensor, LazyTensor]]) -> dict[str, float]:
+    """Return `|D|_F^2 / s_1^2` of the difference D of two matrices each, s_1 being its largest singular value."""
+    from tensorsurgeon.kernels.deltas import Delta, Goal, Wish, explore, one_thread_each
+
+    budget = Budget(running().memory)
     wish = Wish(Goal("rank", 1), (), "F32", 0, "cpu")
-    pair = explore(Delta(second, first, first.rows), wish, budget, lambda count: None).pair
-    return difference.squares / pair.captured if pair else None
+
+    def rank(name: str, reader: Reader) -> float | None:
+        first, second = pairs[name]
+        found = explore(Delta(second, first, first.rows), wish, budget, reader.advance)
+        return found.sums.delta / found.pair.captured if found.pair else None
+
+    with one_thread_each():
+        made = dict(each({name: Work(them) for name, them in pairs.items()}, "diff: stable ranks", rank))
+    return {name: it for name, it in made.items() if it is not None}
 
 
 def _row(one: Side, two: Side, origin: str, name: str, compared: Compared) -> dict[str, Any]:
@@ -181,80 +188,13 @@ def _row(one: Side, two: Side, origin: str, name: str, compared: Compared) -> di
         "dtype": after.dtype,
         "shape": list(after.shape),
         "change": ", ".join(changes) or "equal",
+        "relative error": statistics.get("relative error", unchanged),
         "unequal share": statistics.get("unequal share", unchanged),
         "largest difference": statistics.get("largest difference", unchanged),
         "mean difference": statistics.get("mean difference", unchanged),
-        "relative error": statistics.get("relative error", unchanged),
         "cosine": statistics.get("cosine"),
-        "SNR dB": statistics.get("SNR dB"),
+        "SNR": statistics.get("SNR"),
         "delta stable rank": compared.stable_rank,
-    }
-
-
-def _summary(
-    one: Side, two: Side, rows: Sequence[Mapping[str, Any]], absent: Sequence[Any], config: Any, files: Any
-) -> dict[str, Any]:
-    changes = [str(row["change"]).split(", ") for row in rows]
-    same_bytes = sum(not {"values", "bytes", "same numbers"} & set(it) for it in changes)
-    same_numbers = sum("same numbers" in it for it in changes)
-    equal = "every byte of every tensor" if same_bytes == len(rows) and not absent else "no"
-    if equal == "no" and same_bytes + same_numbers == len(rows) and not absent:
-        equal = "every number"
-    return {
-        "first": one.raw.sources[0].name,
-        "second": two.raw.sources[0].name,
-        "equal": equal,
-        "tensors compared": len(rows),
-        "of the same bytes": same_bytes,
-        "of the same numbers": same_numbers,
-        "changed": len(rows) - same_bytes - same_numbers,
-        "renamed or moved": sum(it[0] == "renamed" or it[0].startswith("from layer") for it in changes),
-        "of another dtype": sum(row["dtype"] != one.raw[row["from"]].dtype for row in rows),
-        "of another shape": sum(row["shape"] != list(one.raw[row["from"]].shape) for row in rows),
-        "in another shard": sum("shard" in it for it in changes),
-        "removed": sum(row["change"] == "removed" for row in absent),
-        "added": sum(row["change"] == "added" for row in absent),
-        "layout": " to ".join(dict.fromkeys(format_name(it.raw.tensors) or "plain" for it in (one, two))),
-        "config keys": len(config),
-        "other files": len(files),
-    }
-
-
-def _layers(
-    one: Side, layers: Sequence[int | None], rows: Sequence[Mapping[str, Any]]
-) -> tuple[str, list[dict[str, Any]]]:
-    """Return in words which layers the second model has, and a row for each, those that changed most first."""
-    if not layers:
-        return "not clear in one of the two models", []
-    count = one.plain.layers.count
-    known = [layer for layer in layers if layer is not None]
-    gone = sorted(set(range(count)) - set(known))
-    text = f"the same {count}" if tuple(layers) == tuple(range(count)) else f"{format_layers(known)} of {count}"
-    text += f"; {format_layers(gone)} are gone" if gone else ""
-    text += f"; {len(layers) - len(known)} are new" if len(known) < len(layers) else ""
-    made = []
-    for layer, origin in enumerate(layers):
-        held = [row for row in rows if row["layer"] == layer]
-        if held:
-            made.append({"layer of the second": layer, "of the first": origin, **_most(held)})
-    return text, sorted(made, key=lambda row: -(row["largest relative error"] or 0))
-
-
-def _by_role(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row["role"] or "other"].append(row)
-    made = [{"tensors of": role, **_most(held)} for role, held in groups.items()]
-    return sorted(made, key=lambda row: -(row["largest relative error"] or 0))
-
-
-def _most(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    errors = [row["relative error"] for row in rows if row["relative error"] is not None]
-    return {
-        "number": len(rows),
-        "changed": sum(row["unequal share"] != 0 for row in rows),
-        "largest relative error": max(errors, default=None),
-        "rms relative error": sqrt(sum(error**2 for error in errors) / len(errors)) if errors else None,
     }
 
 

@@ -13,7 +13,7 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.exams.lines import Lines
 from tensorsurgeon.exams.selection import layer_number, role_label, select
-from tensorsurgeon.exams.streaming import Reader, Work, each
+from tensorsurgeon.exams.streaming import Reader, Work, each, same_bytes
 from tensorsurgeon.exams.verdict import DUPLICATED, Rule, Subject, judge, with_limits
 from tensorsurgeon.names import layer_name
 from tensorsurgeon.notation import format_layers
@@ -185,14 +185,7 @@ def _duplicates(
 
 def _same(ckpt: Checkpoint, prefix: str, parts: Sequence[tuple[str, str]], one: int, other: int) -> bool:
     """Compare two layers byte by byte."""
-    from tensorsurgeon.kernels.comparison import same_bytes
-
-    reader = Reader(lambda count: None)
-    return all(
-        same_bytes(first.data, second.data)
-        for rest, _ in parts
-        for _, (first, second) in reader.pieces(ckpt[f"{prefix}{one}.{rest}"], ckpt[f"{prefix}{other}.{rest}"])
-    )
+    return all(same_bytes(ckpt[f"{prefix}{one}.{rest}"], ckpt[f"{prefix}{other}.{rest}"]) for rest, _ in parts)
 
 
 def _rest(name: str) -> str:

@@ -188,7 +188,7 @@ def _with_subspaces(
                 if label == inside[0]:
                     row[f"{side} energy over chance"] = energy[-1]["over chance"]
     spectra = [_spectrum(label, it) for label, it in named.items()]
-    detail = {"spectrum": found[0].values} if question.in_depth else None
+    detail = {"spectrum": {"values": found[0].values, "step": 1}} if question.in_depth else None
     return Residual(row, compared, energy, spectra, angles if question.in_depth else (), detail)
 
 

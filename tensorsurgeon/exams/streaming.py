@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from io import FileIO
 from math import prod
 from typing import NamedTuple, TypeVar
 
@@ -18,6 +19,8 @@ ROWS = 256
 """Pieces begin at a multiple of this many rows: a whole number of the blocks of block formats."""
 WIDEST = 2**24
 """Elements of a piece at most, unless a single row has more."""
+CHUNK = 2**18
+"""Bytes that are compared at once, small enough for two of them to stay in the cache."""
 AHEAD = 4
 """Pieces that the system is told of before they are needed."""
 
@@ -35,10 +38,14 @@ class Reader:
         self.advance = advance
 
     def pieces(
-        self, *tensors: LazyTensor, share: float = 1.0, counted: bool = True
+        self, *tensors: LazyTensor, share: float = 1.0, lasting: bool = True
     ) -> Iterator[tuple[int, list[Block]]]:
-        """Yield the first row and a block of each tensor, tensors of one shape; with a `share`, evenly spread ones."""
+        """Yield the first row and a block of each tensor, tensors of one shape; with a `share`, evenly spread ones.
+
+        Blocks that are not `lasting` are overwritten by the next ones.
+        """
         rows, step = tensors[0].rows, piece_rows(tensors[0])
+        places = [None if lasting else bytearray(min(step, rows) * tensor.row_bytes) for tensor in tensors]
         starts = spread(range(0, rows, step), share)
         disk = sum(span.nbytes for tensor in tensors for span in tensor.spans()) / max(rows, 1)
         for place, start in enumerate(starts):
@@ -46,9 +53,8 @@ class Reader:
                 for tensor in tensors:
                     tensor.foresee(soon, min(soon + step, rows))
             stop = min(start + step, rows)
-            blocks = [tensor.read(start, stop) for tensor in tensors]
-            if counted:
-                self.advance(round(disk * (stop - start)))
+            blocks = [tensor.read(start, stop, into) for tensor, into in zip(tensors, places, strict=True)]
+            self.advance(round(disk * (stop - start)))
             yield start, blocks
 
 
@@ -80,6 +86,36 @@ def flattened(tensor: LazyTensor) -> LazyTensor:
     if tensor.span is None or len(tensor.shape) < 3:
         return tensor
     return LazyTensor(tensor.dtype, (prod(tensor.shape[:-1]), tensor.shape[-1]), tensor.span)
+
+
+def same_bytes(one: LazyTensor, other: LazyTensor) -> bool:
+    """Tell whether two tensors of one dtype and shape hold the same bytes; reading ends where they differ."""
+    if not one.span or not other.span:
+        blocks = Reader(lambda count: None).pieces(one, other)
+        return all(bytes(first.data) == bytes(second.data) for _, (first, second) in blocks)
+    if one.span == other.span:
+        return True
+    left, here, there = one.nbytes, bytearray(CHUNK), bytearray(CHUNK)
+    with open(one.span.path, "rb", buffering=0) as file, open(other.span.path, "rb", buffering=0) as twin:
+        file.seek(one.span.offset)
+        twin.seek(other.span.offset)
+        while left:
+            size = min(left, CHUNK)
+            if size < CHUNK:
+                here, there = bytearray(size), bytearray(size)
+            # Byte arrays are compared at the speed of memory; views of them are not.
+            if not _fill(file, here) or not _fill(twin, there) or here != there:
+                return False
+            left -= size
+    return True
+
+
+def _fill(file: FileIO, place: bytearray) -> bool:
+    """Read until a place is full, and tell whether that went."""
+    view, filled = memoryview(place), 0
+    while filled < len(place) and (count := file.readinto(view[filled:])):
+        filled += count
+    return filled == len(place)
 
 
 def piece_rows(tensor: LazyTensor) -> int:

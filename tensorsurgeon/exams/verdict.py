@@ -85,7 +85,7 @@ def _wrong_block(subjects: Sequence[Subject], limits: Limits) -> Found:
         block = min((seen.block for seen in it.lattice), default=0)
         if _shares(it.lattice, limits):
             yield it.name, f"scales were laid over blocks of {block}, but codes are of smaller ones."
-        elif 0 < block < 256 and _mean(seen.top for seen in it.lattice) < limits["top"]:
+        elif any(seen.bounded for seen in it.lattice) and _mean(seen.top for seen in it.lattice) < limits["top"]:
             yield it.name, f"scales were laid over blocks of {block}, but codes are of larger ones."
 
 

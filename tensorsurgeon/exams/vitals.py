@@ -58,7 +58,7 @@ def look_at(tensor: LazyTensor, reader: Reader, share: float = 1.0, table: bool 
     lattice: list[Lattice] = []
     heads: list[Array] = []
     band = 0
-    for start, (block,) in reader.pieces(tensor, share=share):
+    for start, (block,) in reader.pieces(tensor, share=share, lasting=False):
         band = band or block.shape[0] if block.shape else 1
         census.add(block, start)
         if not exact:
@@ -107,7 +107,7 @@ def _heads(block: Block) -> Array:
     """Return the first bytes of each row, as whole numbers that can be compared."""
     rows = np.frombuffer(block.data, np.uint8).reshape(block.shape[0], -1)
     width = min(HEAD, rows.shape[1]) // 8 * 8
-    return np.ascontiguousarray(rows[:, :width]).view(f"V{width}").reshape(-1) if width else rows[:, 0]
+    return rows[:, :width].copy().view(f"V{width}").reshape(-1) if width else rows[:, 0].copy()
 
 
 def _equal(heads: list[Array], census: Census) -> int:
@@ -144,10 +144,11 @@ def with_spectrum(vitals: Vitals, tensor: LazyTensor) -> Vitals:
     if len(tensor.shape) != 2 or vitals.row["NaN"] or vitals.row["Inf"]:
         return vitals._replace(row=vitals.row | spectral_statistics(np.zeros(1)))
     singular = singular_values(tensor.shape, lambda: (tensor.read(*rows) for rows in tensor.blocks(BLOCK)))
-    shown = singular[:: max(1, -(-len(singular) // POINTS))]
+    step = max(1, -(-len(singular) // POINTS))
+    shown = [float(f"{value:.6g}") for value in singular[::step]]
     return vitals._replace(
         row=vitals.row | spectral_statistics(singular),
-        detail=vitals.detail | {"spectrum": [float(f"{value:.6g}") for value in shown]},
+        detail=vitals.detail | {"spectrum": {"values": shown, "step": step}},
     )
 
 

@@ -57,7 +57,9 @@ class Census:
         self.pending += bits.size
         if self.pending >= 2**32:
             self._carry()
-        _count(bits.reshape(-1), bits, self.tables, self.rows[start:stop], self.columns)
+        flat = bits.reshape(-1)
+        words = flat[: flat.size // TABLES * TABLES].view(np.uint64)
+        _count(words, flat, bits, self.tables, self.rows[start:stop], self.columns)
         self.seen[start:stop] = True
 
     @property
@@ -100,19 +102,21 @@ def count_plainly(bits: Array) -> tuple[Counts, Array, Array]:
 
 
 @compiled
-def _count(flat: Array, bits: Array, tables: Array, rows: Array, columns: Array) -> None:
+def _count(words: Array, flat: Array, bits: Array, tables: Array, rows: Array, columns: Array) -> None:
+    low = np.uint64(0xFFFF)
     group = max(1, STRETCH // max(1, bits.shape[1]))
+    counted = 0
     for first in range(0, bits.shape[0], group):
         last = min(first + group, bits.shape[0])
-        begin, end = first * bits.shape[1], last * bits.shape[1]
-        whole = begin + (end - begin) // 4 * 4
-        for place in range(begin, whole, 4):
-            tables[0, flat[place]] += np.uint32(1)
-            tables[1, flat[place + 1]] += np.uint32(1)
-            tables[2, flat[place + 2]] += np.uint32(1)
-            tables[3, flat[place + 3]] += np.uint32(1)
-        for place in range(whole, end):
-            tables[0, flat[place]] += np.uint32(1)
+        # One load for four numbers: what stands across the end of a row is counted with the next.
+        upto = last * bits.shape[1] // 4
+        for place in range(counted, upto):
+            word = words[place]
+            tables[0, word & low] += np.uint32(1)
+            tables[1, (word >> np.uint64(16)) & low] += np.uint32(1)
+            tables[2, (word >> np.uint64(32)) & low] += np.uint32(1)
+            tables[3, word >> np.uint64(48)] += np.uint32(1)
+        counted = upto
         for r in range(first, last):
             largest = np.uint16(0)
             for c in range(bits.shape[1]):
@@ -120,3 +124,5 @@ def _count(flat: Array, bits: Array, tables: Array, rows: Array, columns: Array)
                 largest = max(largest, magnitude)
                 columns[c] = max(columns[c], magnitude)
             rows[r] = largest
+    for place in range(4 * words.size, flat.size):
+        tables[0, flat[place]] += np.uint32(1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tensorsurgeon.kernels.arrays import Array, as_array, as_float32
 from tensorsurgeon.kernels.fp8 import compiled
-from tensorsurgeon.tensor import Block, Buffer
+from tensorsurgeon.tensor import Block
 
 TILE = 65536
 """Elements whose sums are taken at once."""
@@ -44,7 +44,7 @@ class Difference(NamedTuple):
 
             relative error = |y - x| / |x|    cosine = x y / (|x| |y|)    SNR = 10 log10(|x|^2 / |y - x|^2)
 
-        None stands for what is not defined, and for the SNR of equal numbers.
+        SNR is in decibels. None stands for what is not defined, and for the SNR of equal numbers.
         """
         both = math.sqrt(self.first * self.second)
         return {
@@ -53,7 +53,7 @@ class Difference(NamedTuple):
             "mean difference": self.absolute / self.elements if self.elements else None,
             "relative error": math.sqrt(self.squares / self.first) if self.first else None,
             "cosine": self.product / both if both else None,
-            "SNR dB": 10 * math.log10(self.first / self.squares) if self.squares and self.first else None,
+            "SNR": 10 * math.log10(self.first / self.squares) if self.squares and self.first else None,
         }
 
 
@@ -77,13 +77,6 @@ def compare_blocks(one: Block, other: Block) -> list[Difference]:
         largest, *others = map(float, sums)
         found.append(Difference(min(TILE, len(x) - begin), int(counts[0]), int(counts[1]), largest, *others))
     return found
-
-
-def same_bytes(one: Buffer, other: Buffer) -> bool:
-    """Tell whether two buffers hold the same bytes; of byte arrays, as they are read from files, at memory speed."""
-    if isinstance(one, memoryview) or isinstance(other, memoryview):
-        return bool(np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)))
-    return one == other
 
 
 def _numbers(block: Block, exact: bool) -> Array:

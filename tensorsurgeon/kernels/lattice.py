@@ -37,6 +37,7 @@ class Lattice(NamedTuple):
 
     Attributes:
         block: Side of the largest tiles with one scale each, of 32, 64, 128 and 256.
+        bounded: Whether larger tiles were looked at, and have several scales.
         top: Share of those tiles whose largest magnitude is that of code 448.
         equal: Share of tiles of half the side that reach the same magnitude as the tile that they are part of.
         jump: How much more neighbouring strips differ in size across edges of tiles than inside of them, as a ratio of
@@ -46,6 +47,7 @@ class Lattice(NamedTuple):
     """
 
     block: int
+    bounded: bool
     top: float
     equal: float
     jump: float
@@ -59,14 +61,15 @@ def find_lattice(numbers: Numbers) -> Lattice | None:
     sizes = np.abs(numbers)
     if min(sizes.shape) < BLOCKS[-1] or not np.isfinite(sizes).all():
         return None
-    marks = _marks(sizes)
-    first = slice(0, BLOCKS[-1]), slice(0, BLOCKS[-1])
+    first = sizes[: BLOCKS[-1], : BLOCKS[-1]]
     # Four bits on a uniform grid have as few significands, but only eight magnitudes.
-    if len(_significands(sizes, marks, first)) > SIGNIFICANDS or len(np.unique(sizes[first])) <= 2 * SIGNIFICANDS:
+    if len(_significands(first, _marks(first))) > SIGNIFICANDS or len(np.unique(first)) <= 2 * SIGNIFICANDS:
         return None
-    for side in (it for it in BLOCKS if it <= min(sizes.shape)):
+    marks = _marks(sizes)
+    fitting = [side for side in BLOCKS if side <= min(sizes.shape)]
+    for side in fitting:
         tiles = list(_tiles(sizes.shape, side))
-        held = [_significands(sizes, marks, tile) for tile in tiles]
+        held = [_significands(sizes[tile], marks[tile]) for tile in tiles]
         if sum(len(it) <= SIGNIFICANDS for it in held) >= 0.95 * len(tiles):
             break
     else:
@@ -77,6 +80,7 @@ def find_lattice(numbers: Numbers) -> Lattice | None:
     equal = [sizes[tile][half].max() == top for tile, top in zip(tiles, largest, strict=True) for half in halves]
     return Lattice(
         side,
+        side < fitting[0],
         sum(tops) / len(tops),
         sum(map(bool, equal)) / len(equal),
         min(_jump(sizes, min(side, 128)), _jump(sizes.T, min(side, 128))),
@@ -97,11 +101,10 @@ def _marks(sizes: Numbers) -> npt.NDArray[np.int16]:
     return ((2 * np.frexp(sizes)[0] - 1) * MARKS).astype(np.int16)
 
 
-def _significands(sizes: Numbers, marks: npt.NDArray[np.int16], tile: Tile) -> Numbers:
+def _significands(sizes: Numbers, marks: npt.NDArray[np.int16]) -> Numbers:
     """Return the different significands of a tile, from 1 up to 2."""
-    part = sizes[tile]
     seen = np.zeros(MARKS, np.bool_)
-    seen[marks[tile][part >= max(part.max() / OCTAVES, 1e-300)]] = True
+    seen[marks[sizes >= max(sizes.max() / OCTAVES, 1e-300)]] = True
     return 1 + np.flatnonzero(seen) / MARKS
 
 

@@ -176,8 +176,9 @@ def _powers(low: float, high: float) -> range:
 
 
 def _spectra(title: str, laid: Sequence[Laid]) -> Any:
-    def draw(axes: Any, spectrum: Sequence[float], style: dict[str, Any]) -> None:
-        axes.plot(range(1, len(spectrum) + 1), spectrum, **style)
+    def draw(axes: Any, spectrum: Mapping[str, Any], style: dict[str, Any]) -> None:
+        values, step = spectrum["values"], spectrum["step"]
+        axes.plot(range(1, step * len(values) + 1, step), values, **style)
 
     figure, axes = _curves(title, laid, draw)
     axes.set_xlabel("index")

@@ -54,7 +54,7 @@ def findings_text(findings: Findings) -> str:
         columns = findings.shown.get(title)
         listed = [{key: row[key] for key in columns if key in row} for row in rows] if columns else rows
         shown = listed if title == "tensors" else listed[:ROWS_SHOWN]
-        text = as_list(rows[0]) if title == "model" else as_table(shown)
+        text = as_list(rows[0]) if title == "model" else f"{title}:\n{as_table(shown)}"
         more = f"\nand {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
         parts.append(text + more)
     parts += ["\n".join(f"problem: {text}" for text in findings.problems)] if findings.problems else []

@@ -104,7 +104,8 @@ HEADINGS = ["measured", "unit", "tensorsurgeon", "other", "ratio", "target", "me
 
 
 class Setup(NamedTuple):
-    """Where and how often to measure, and the models: BF16, FP8, the sizes of one large tensor, and of a pair."""
+    """Where and how often to measure, and the models: BF16, FP8, the sizes of one large tensor, of a pair, and of one
+    that is looked at."""
 
     scratch: Path
     runs: int = 5
@@ -113,6 +114,7 @@ class Setup(NamedTuple):
     shard_size: int = 1_500_000_000
     large_rows: int = 262144
     pair: Qwen3 = Qwen3(4, 2048, 8192, 32, 4, 32000)
+    whole: Qwen3 = Qwen3(layers=36)
 
 
 def spread(values: list[float]) -> str:
@@ -349,12 +351,12 @@ def measure_autopsy(setup: Setup) -> list[Figure]:
     """Compare autopsy with four statistics in torch; block FP8 with BF16; and measure a tensor of gigabytes."""
     with workplace(setup) as place:
         plain, fp8, large, dest = place / "plain", place / "fp8", place / "large", place / "dest"
-        shapes = setup.plain.shapes()
-        synthetic.write(plain, shapes, setup.plain.config(), setup.shard_size, normal=True)
+        shapes, config = setup.whole.shapes(), setup.whole.config()
+        synthetic.write(plain, shapes, config, setup.shard_size, normal=True)
         coded = synthetic.in_fp8(shapes)
-        synthetic.write(fp8, coded, synthetic.fp8_config(setup.plain.config()), setup.shard_size, normal=True)
+        synthetic.write(fp8, coded, synthetic.fp8_config(config), setup.shard_size, normal=True)
         table = {"model.embed_tokens.weight": ("BF16", (2 * setup.large_rows, 4096))}
-        synthetic.write(large, table, setup.plain.config(), setup.shard_size, sparse=True)
+        synthetic.write(large, table, config, setup.shard_size, sparse=True)
         weights = sum(prod(shape) for _, shape in shapes.values())
 
         def ours(source: Path) -> Run:

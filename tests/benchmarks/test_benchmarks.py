@@ -16,7 +16,7 @@ TINY = Qwen3(4, 256, 768, 4, 1, 1024)
 @pytest.fixture
 def setup(tmp_path: Path) -> Setup:
     """Return a setup of a few megabytes and one run."""
-    return Setup(tmp_path, 1, TINY, TINY, shard_size=4_000_000, large_rows=256, pair=TINY)
+    return Setup(tmp_path, 1, TINY, TINY, shard_size=4_000_000, large_rows=256, pair=TINY, whole=TINY)
 
 
 def within_limits(figures: list[Figure]) -> None:
@@ -25,7 +25,9 @@ def within_limits(figures: list[Figure]) -> None:
     assert [figure for figure in figures if figure.limit and min(figure.judged) > figure.limit] == []
 
 
-@pytest.mark.parametrize("measurement", ["select-layers", "mergekit", "extract-lora", "dequantize", "memory"])
+@pytest.mark.parametrize(
+    "measurement", ["select-layers", "mergekit", "extract-lora", "dequantize", "autopsy", "diff", "memory"]
+)
 def test_measurement_runs(measurement: str, setup: Setup) -> None:
     figures = bench.MEASUREMENTS[measurement](setup)
     assert figures

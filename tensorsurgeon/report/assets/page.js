@@ -136,9 +136,13 @@ function showDetail() {
     plot(`Largest magnitude by ${word}`, numbers, curves);
   }
   const spectra = each("spectrum");
-  const text = (place) => `singular value ${place + 1}`;
-  const curves = (node, it) => drawCurves(node, it, { title: "index", step: 1, log: true, text });
-  if (spectra.length) plot("Singular values", spectra, curves, "wide");
+  if (spectra.length) {
+    const { step } = spectra[0][1];
+    const text = (place) => `singular value ${place * step + 1}`;
+    const numbers = spectra.map(([label, { values }]) => [label, values]);
+    const curves = (node, it) => drawCurves(node, it, { title: "index", step, log: true, text });
+    plot("Singular values", numbers, curves, "wide");
+  }
   at("facts").replaceChildren(...data.grids.map((it) => tableOf(it.title)).flatMap(({ columns, rows }) => {
     const named = columns.indexOf("name");
     const lines = rows.filter((row) => row[named] === name);
