@@ -20,8 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from tensorsurgeon.errors import SurgeonError
 from tensorsurgeon.plan import PAGE, Piece, Plan, ShardPlan
 from tensorsurgeon.progress import Advance
+from tensorsurgeon.reading import Buffer, read_span
 from tensorsurgeon.sharing import Clone, OpenTwin, between, share, shareable
-from tensorsurgeon.tensor import Buffer, read_span
 
 BUFFER = 4 * 2**20
 """Bytes written at once; a multiple of any disk's block."""

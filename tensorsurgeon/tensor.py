@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 from pathlib import Path
 from typing import NamedTuple
 
-from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import Span, nbytes
+from tensorsurgeon.reading import Buffer, once, read_span
 
-Buffer = bytes | bytearray | memoryview
+PIECE = 2**20
+"""Elements that a piece of a tensor has at least, where the tensor has as many."""
+PIECE_ROWS = 256
+"""Pieces begin at a multiple of this many rows, a whole number of the blocks of block formats."""
+WIDEST = 2**24
+"""Elements of a piece at most, unless a single row has more."""
 
 
 class Block(NamedTuple):
@@ -30,16 +35,26 @@ class Block(NamedTuple):
 RowFunction = Callable[..., Block]
 """Takes a Block of each input and returns the Block of output that belongs to them."""
 
+Pieces = Iterator[tuple[int, Block]]
+Reduction = Callable[[Pieces], Block]
+"""Takes pieces of all rows, each with the number of its first, which depend on nothing but the shape."""
+
 
 class Input(NamedTuple):
-    """An input of a computed tensor: `each` rows of it go with `rows` rows of the output, or all with any if 0."""
+    """An input of a computed tensor: `each` rows of it go with `rows` rows of the output, or all with any if 0.
+
+    One that is `streamed` is given as pieces, each with the number of its first row.
+    """
 
     tensor: LazyTensor
     rows: int = 1
     each: int = 1
+    streamed: bool = False
 
-    def read(self, first: int, last: int) -> Block:
+    def read(self, first: int, last: int) -> Block | Pieces:
         """Read what goes with the output's rows from `first` up to but not including `last`."""
+        if self.streamed:
+            return ((start, self.tensor.read(start, stop)) for start, stop in self.tensor.pieces())
         if not self.rows:
             return self.tensor.read()
         return self.tensor.read(
@@ -99,7 +114,11 @@ class LazyTensor:
     @property
     def fixed_memory(self) -> int:
         """Bytes of memory that computing takes besides, however few the rows: inputs that are read as a whole."""
-        whole = sum(it.tensor.row_memory * it.tensor.rows for it in self.inputs if not it.rows)
+        whole = sum(
+            it.tensor.row_memory * (it.tensor.piece_rows if it.streamed else it.tensor.rows)
+            for it in self.inputs
+            if not it.rows
+        )
         below = [it.tensor for it in self.inputs] + [part.tensor for part in self.parts]
         return whole + sum(tensor.fixed_memory for tensor in below)
 
@@ -150,6 +169,11 @@ class LazyTensor:
         inputs += tuple(Input(other, 0) for other in whole)
         shape = self.shape if row_shape is None else (self.rows, *row_shape)
         return LazyTensor(dtype, shape, None, function, inputs, grain=grain, history=history, placed=placed)
+
+    def reduced(self, function: Reduction, *, dtype: str, shape: tuple[int, ...], history: str) -> LazyTensor:
+        """Return a small tensor that one pass over this one gives; `function` is called once, when it is first read."""
+        inputs = (Input(self, 0, streamed=True),)
+        return LazyTensor(dtype, shape, None, once(function), inputs, grain=max(1, shape[0]), history=history)
 
     def by_groups(
         self, function: RowFunction, size: int, *, dtype: str, row_shape: tuple[int, ...], history: str
@@ -213,42 +237,20 @@ class LazyTensor:
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)
 
+    @property
+    def piece_rows(self) -> int:
+        """Rows of a piece, which depend on nothing but the shape: whole blocks of block formats, where they fit."""
+        width = max(1, prod(self.shape[1:]))
+        wanted = max(PIECE_ROWS, PIECE // width // PIECE_ROWS * PIECE_ROWS)
+        return wanted if wanted * width <= WIDEST else max(1, WIDEST // width)
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield the row ranges of the pieces that the tensor is looked at in."""
+        for start in range(0, self.rows, self.piece_rows):
+            yield start, min(start + self.piece_rows, self.rows)
+
     def _bytes_of(self, rows: int) -> int:
         return nbytes(self.dtype, self._shape_of(rows)) if self.shape or rows else 0
 
     def _shape_of(self, rows: int) -> tuple[int, ...]:
         return (rows, *self.shape[1:]) if self.shape else ()
-
-
-def stacked(parts: Sequence[Rows]) -> LazyTensor:
-    """Return the tensor whose rows are those of the parts, one after the other.
-
-    Raises:
-        ValueError: for parts whose dtypes or rows differ.
-    """
-    kinds = {(part.tensor.dtype, part.tensor.shape[1:]) for part in parts}
-    if len(kinds) != 1:
-        raise ValueError(f"rows of {len(kinds)} kinds cannot be stacked: {sorted(kinds)}.")
-    ((dtype, row_shape),) = kinds
-    rows = sum(part.stop - part.start for part in parts)
-    return LazyTensor(dtype, (rows, *row_shape), parts=tuple(parts), history="stack rows")
-
-
-def read_span(span: Span, into: bytearray | None = None) -> Buffer:
-    """Read a span of a file into new memory, or into some that is large enough.
-
-    Raises:
-        CheckpointError: where the file ends before the span does.
-    """
-    data: Buffer = bytearray(span.nbytes) if into is None else memoryview(into)[: span.nbytes]
-    view, position = memoryview(data), 0
-    with open(span.path, "rb", buffering=0) as file:
-        while position < span.nbytes:
-            count = os.preadv(file.fileno(), [view[position:]], span.offset + position)
-            if count == 0:
-                raise CheckpointError(
-                    f"{span.path}: ends at byte {span.offset + position}, before byte "
-                    f"{span.offset + span.nbytes} that its header promised; it was changed while it was read."
-                )
-            position += count
-    return data

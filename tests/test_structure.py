@@ -25,8 +25,9 @@ ORDER = (
     ("_version", "errors"),
     ("sizes", "progress"),
     ("format",),
+    ("reading",),
     ("document", "tensor", "notation", "nearest"),
-    ("names",),
+    ("names", "shaping"),
     ("config",),
     ("fields",),
     ("rules",),
@@ -58,7 +59,8 @@ ORDER = (
 LEAVES = {"_version": set(), "errors": set(), "progress": set(), "sizes": {"errors"}}
 
 LIGHT = (
-    "_version", "errors", "sizes", "progress", "format", "document", "tensor", "notation", "nearest", "names",
+    "_version", "errors", "sizes", "progress", "format", "reading", "document", "tensor", "notation", "nearest",
+    "names", "shaping",
     "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming",
     "module_lists", "arrangement", "sequence", "lora", "running",
     "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from tensorsurgeon.errors import CheckpointError, FormatError
 from tensorsurgeon.format import Span, read_header
-from tensorsurgeon.tensor import Block, LazyTensor, RowFunction, Rows, read_span, stacked
+from tensorsurgeon.reading import read_span
+from tensorsurgeon.shaping import stacked
+from tensorsurgeon.tensor import Block, LazyTensor, Pieces, RowFunction, Rows
 
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -311,3 +313,21 @@ def test_stacked_rows_are_those_of_the_parts_in_order(tmp_path: Path) -> None:
     assert list(tensor.spans()) == [whole.span]
     with pytest.raises(ValueError, match="cannot be stacked"):
         stacked([Rows(whole, 0, 1), Rows(LazyTensor("F32", (6, 3)), 0, 1)])
+
+
+def test_a_reduction_is_made_once_from_pieces_of_all_rows(tmp_path: Path) -> None:
+    calls = []
+
+    def count(pieces: Pieces) -> Block:
+        calls.append([(start, block.shape) for start, block in pieces])
+        return Block("U8", (2,), bytes([7, len(calls)]))
+
+    (tmp_path / "f").write_bytes(bytes(600 * 5000))
+    tensor = LazyTensor("U8", (600, 5000), Span(tmp_path / "f", 0, 600 * 5000))
+    small = tensor.reduced(count, dtype="U8", shape=(2,), history="count")
+    assert calls == []
+    assert [bytes(small.read(*rows).data) for rows in ((0, 2), (1, 2), (0, 1))] == [b"\7\1", b"\1", b"\7"]
+    assert calls == [[(0, (256, 5000)), (256, (256, 5000)), (512, (88, 5000))]]
+    assert small.fixed_memory == 256 * 5000
+    assert small.describe() == f"count: U8({tensor.describe()}/0:1)"
+    assert list(small.spans()) == [tensor.span]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tensorsurgeon.exams.streaming import Reader, Work, piece_rows
+from tensorsurgeon.exams.streaming import Reader, Work
 from tensorsurgeon.kernels.arrays import as_float32
 from tensorsurgeon.kernels.noise import Tally, difference, ratio
 from tensorsurgeon.kernels.statistics import histogram, present
@@ -74,7 +74,7 @@ def work_for(tensors: Sequence[LazyTensor], question: Question) -> Work:
         matrices = len(_matrices(tensors))
         besides += memory_needed((rows, columns), question.rank, matrices)
         besides += _kept_bytes(tensors) if _is_kept(tensors, question) else 0
-        besides += 4 * min(piece_rows(tensors[0]), rows) * columns * matrices
+        besides += 4 * min(tensors[0].piece_rows, rows) * columns * matrices
     return Work(tensors, besides=besides)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import FileIO
-from math import prod
 from typing import NamedTuple, TypeVar
 
 from tensorsurgeon.errors import SurgeonError
@@ -13,12 +12,6 @@ from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.running import Budget, running
 from tensorsurgeon.tensor import Block, LazyTensor
 
-PIECE = 2**20
-"""Elements that a piece of a tensor has at least, where the tensor has as many."""
-ROWS = 256
-"""Pieces begin at a multiple of this many rows: a whole number of the blocks of block formats."""
-WIDEST = 2**24
-"""Elements of a piece at most, unless a single row has more."""
 CHUNK = 2**18
 """Bytes that are compared at once, small enough for two of them to stay in the cache."""
 AHEAD = 4
@@ -44,7 +37,7 @@ class Reader:
 
         Blocks that are not `lasting` are overwritten by the next ones.
         """
-        rows, step = tensors[0].rows, piece_rows(tensors[0])
+        rows, step = tensors[0].rows, tensors[0].piece_rows
         places = [None if lasting else bytearray(min(step, rows) * tensor.row_bytes) for tensor in tensors]
         starts = spread(range(0, rows, step), share)
         disk = sum(span.nbytes for tensor in tensors for span in tensor.spans()) / max(rows, 1)
@@ -76,16 +69,9 @@ class Work(NamedTuple):
     @property
     def memory(self) -> int:
         """Bytes of the pieces in hand, with what computing them takes."""
-        step = min(piece_rows(self.tensors[0]), self.tensors[0].rows)
+        step = min(self.tensors[0].piece_rows, self.tensors[0].rows)
         pieces = sum(step * tensor.row_memory + tensor.fixed_memory for tensor in self.tensors)
         return 2 * pieces + self.besides
-
-
-def flattened(tensor: LazyTensor) -> LazyTensor:
-    """Return a tensor that lies in one file as a matrix of its last dimension, so that few of its rows can be read."""
-    if tensor.span is None or len(tensor.shape) < 3:
-        return tensor
-    return LazyTensor(tensor.dtype, (prod(tensor.shape[:-1]), tensor.shape[-1]), tensor.span)
 
 
 def same_bytes(one: LazyTensor, other: LazyTensor) -> bool:
@@ -116,13 +102,6 @@ def _fill(file: FileIO, place: bytearray) -> bool:
     while filled < len(place) and (count := file.readinto(view[filled:])):
         filled += count
     return filled == len(place)
-
-
-def piece_rows(tensor: LazyTensor) -> int:
-    """Return the number of rows of a piece, which depends on nothing but the shape."""
-    width = max(1, prod(tensor.shape[1:]))
-    wanted = max(ROWS, PIECE // width // ROWS * ROWS)
-    return wanted if wanted * width <= WIDEST else max(1, WIDEST // width)
 
 
 def spread(starts: Sequence[int], share: float) -> list[int]:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorsurgeon.exams.streaming import ROWS, Reader, flattened
+from tensorsurgeon.exams.streaming import Reader
 from tensorsurgeon.kernels.arrays import Array, as_array, as_numbers
 from tensorsurgeon.kernels.census import Census, grid
 from tensorsurgeon.kernels.lattice import SIDE, WIDTH, Lattice, find_lattice
 from tensorsurgeon.kernels.moments import Moments, block_moments
 from tensorsurgeon.kernels.statistics import WIDE, exact_moments, histogram, present, statistics
-from tensorsurgeon.tensor import Block, LazyTensor
+from tensorsurgeon.shaping import flattened
+from tensorsurgeon.tensor import PIECE_ROWS, Block, LazyTensor
 
 PROBES = 2
 """Pieces of a matrix that are probed for codes of FP8, at their corners."""
@@ -88,7 +89,7 @@ def look_at(tensor: LazyTensor, reader: Reader, share: float = 1.0, table: bool 
 
 def _is_probed(start: int, band: int, rows: int) -> bool:
     places = {rows * (2 * probe) // (2 * PROBES) // band * band for probe in range(PROBES)}
-    return start in places and start % ROWS == 0
+    return start in places and start % PIECE_ROWS == 0
 
 
 def _probe(block: Block, columns: int) -> Iterator[Lattice]:

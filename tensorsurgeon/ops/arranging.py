@@ -14,8 +14,9 @@ from tensorsurgeon.module_lists import renamed_files
 from tensorsurgeon.names import layer_name
 from tensorsurgeon.notation import format_layers
 from tensorsurgeon.sequence import config_under_sequence
+from tensorsurgeon.shaping import stacked
 from tensorsurgeon.source import SideFile
-from tensorsurgeon.tensor import Block, LazyTensor, Rows, stacked
+from tensorsurgeon.tensor import Block, LazyTensor, Rows
 
 GENERATION = "generation_config.json"
 EARLY_EXITS = ("assistant_early_exit", "dola_layers")

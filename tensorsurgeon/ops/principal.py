@@ -16,7 +16,8 @@ from tensorsurgeon.lora import Lora, LoraModule
 from tensorsurgeon.ops.dequantization import as_plain
 from tensorsurgeon.ops.dtypes import cast_tensor
 from tensorsurgeon.running import Budget, running
-from tensorsurgeon.tensor import Block, LazyTensor, Rows, stacked
+from tensorsurgeon.shaping import stacked
+from tensorsurgeon.tensor import Block, LazyTensor, Rows
 
 
 def with_principal_parts(lora: Lora, base: Checkpoint, transposed: bool) -> Lora:

@@ -569,7 +569,7 @@ def dequantize_in_turn(source: Path, dest: Path) -> None:
     sys.path.insert(0, str(ROOT))
     import tensorsurgeon
     from tensorsurgeon.plan import make_plan
-    from tensorsurgeon.tensor import read_span
+    from tensorsurgeon.reading import read_span
 
     seconds: dict[str, float] = {}
 
