@@ -12,7 +12,19 @@ from tensorsurgeon import exams, ops
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.checkpoint import open_checkpoint as open
-from tensorsurgeon.recipe import load_recipe, make_recipe
+from tensorsurgeon.recipe import load_recipe, load_recipes, make_recipe
+from tensorsurgeon.variants import levels
 from tensorsurgeon.writer import write
 
-__all__ = ["Checkpoint", "__version__", "exams", "load_recipe", "make_recipe", "open", "ops", "write"]
+__all__ = [
+    "Checkpoint",
+    "__version__",
+    "exams",
+    "levels",
+    "load_recipe",
+    "load_recipes",
+    "make_recipe",
+    "open",
+    "ops",
+    "write",
+]

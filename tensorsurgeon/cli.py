@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
 from tensorsurgeon.engines import ENGINES, Engine
 from tensorsurgeon.errors import SurgeonError, UsageError, nearest
 from tensorsurgeon.plan import make_plan
-from tensorsurgeon.recipe import Recipe, load_recipe, recipe_schema
+from tensorsurgeon.recipe import Recipe, load_recipes, recipe_schema
 from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
 from tensorsurgeon.report.files import check_report, findings_json, write_report
 from tensorsurgeon.report.reference import reference_text
@@ -103,7 +103,7 @@ def _operation_command(spec: Spec) -> click.Command:
     def operate(src: str, dest: str, **given: Any) -> int:
         parameters = spec.check(_present({name: given[name] for name in own}))
         options = {name: value for name, value in given.items() if name not in own}
-        return _write(Recipe(src, dest, (Step(spec.name, parameters),)), **options)
+        return _write((Recipe(src, dest, (Step(spec.name, parameters),)),), **options)
 
     params = [click.Argument(["src"]), click.Argument(["dest"]), *map(_option, spec.parameters)]
     params += [option for option in _writing_options() if option.name not in own]
@@ -112,7 +112,7 @@ def _operation_command(spec: Spec) -> click.Command:
 
 def _run_command() -> click.Command:
     def run(recipe: str, dest: str | None, settings: tuple[str, ...], **options: Any) -> int:
-        return _write(load_recipe(recipe, settings, dest), **options)
+        return _write(load_recipes(recipe, settings, dest), **options)
 
     meaning = "Lay a value over the recipe, such as steps.1.layers=10-12."
     setting = click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help=meaning)
@@ -131,7 +131,7 @@ def _reference_command() -> click.Command:
 
 
 def _write(
-    recipe: Recipe,
+    recipes: Sequence[Recipe],
     dry_run: bool,
     as_json: bool,
     memory: int,
@@ -142,24 +142,29 @@ def _write(
     max_shard_size: int | None = None,
     target: Engine | None = None,
 ) -> int:
-    with run_under(Running(memory, threads or 0, dry_run, quiet or as_json)):
-        ckpt: Checkpoint = recipe.checkpoint()
-    plan = make_plan(ckpt, max_shard_size or recipe.max_shard_size, memory, threads, target or recipe.target)
-    dest = Path(recipe.dest)
-    check_destination(plan, dest, overwrite)
-    if dry_run:
-        _print(plan.summary() if as_json else plan_text(plan, dest))
-        return 0
-    if not quiet and not as_json:
-        _print(plan_text(plan, dest))
-    started = time.perf_counter()
-    receipt = write_plan(plan, dest, overwrite=overwrite, part=shards or (1, 1), quiet=quiet or as_json)
-    seconds = time.perf_counter() - started
+    plans = []
+    for recipe in recipes:
+        with run_under(Running(memory, threads or 0, dry_run, quiet or as_json)):
+            ckpt: Checkpoint = recipe.checkpoint()
+        plan = make_plan(ckpt, max_shard_size or recipe.max_shard_size, memory, threads, target or recipe.target)
+        check_destination(plan, Path(recipe.dest), overwrite)
+        plans.append((plan, Path(recipe.dest)))
+    results = []
+    for plan, dest in plans:
+        if not as_json and (dry_run or not quiet):
+            _print(plan_text(plan, dest))
+        if dry_run:
+            results.append(plan.summary())
+            continue
+        started = time.perf_counter()
+        receipt = write_plan(plan, dest, overwrite=overwrite, part=shards or (1, 1), quiet=quiet or as_json)
+        seconds = time.perf_counter() - started
+        results.append({"plan": plan.summary(), "receipt": receipt, "seconds": round(seconds, 3)})
+        if not as_json and not quiet:
+            unfinished = f"wrote a part of the shards; run without --shards to complete {dest}."
+            _print(written_text(plan, dest, seconds) if receipt else unfinished)
     if as_json:
-        _print({"plan": plan.summary(), "receipt": receipt, "seconds": round(seconds, 3)})
-    elif not quiet:
-        unfinished = f"wrote a part of the shards; run without --shards to complete {dest}."
-        _print(written_text(plan, dest, seconds) if receipt else unfinished)
+        _print(results[0] if len(results) == 1 else results)
     return 0
 
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import tensorsurgeon.ops  # noqa: F401  declares the operations
 from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
 from tensorsurgeon.engines import ENGINES, Engine
@@ -25,8 +23,10 @@ from tensorsurgeon.errors import UsageError, nearest, raise_all
 from tensorsurgeon.mergekit import is_mergekit, translated
 from tensorsurgeon.registry import OPERATIONS, apply_steps, find_operation
 from tensorsurgeon.sizes import parse_size
+from tensorsurgeon.variants import expanded
+from tensorsurgeon.yaml_lines import Reader
 
-KEYS = ("source", "dest", "steps", "max_shard_size", "target")
+KEYS = ("source", "dest", "variants", "steps", "max_shard_size", "target")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,19 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, settings: Iterable[str] = (), dest: str | None = None) -> Recipe:
-    """Read a recipe from a YAML file, with `settings` such as `steps.1.layers=10-12` laid over it, and `dest`.
+    """Read a recipe from a YAML file, as `load_recipes` does.
+
+    Raises:
+        UsageError: with everything that is wrong in it, and for one with several variants.
+    """
+    found = load_recipes(path, settings, dest)
+    if len(found) > 1:
+        raise UsageError(f"{path}: stands for {len(found)} variants; load_recipes returns them all.")
+    return found[0]
+
+
+def load_recipes(path: str | Path, settings: Iterable[str] = (), dest: str | None = None) -> tuple[Recipe, ...]:
+    """Read a YAML file, with `settings` such as `steps.1.layers=10-12` laid over it, and `dest`: each of its variants.
 
     A mergekit config with `merge_method: passthrough` is a recipe too, but for its destination.
 
@@ -56,7 +68,7 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), dest: str | None
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as problem:
         raise UsageError(f"{path}: cannot be read: {problem}.") from None
-    reader = _Reader(str(path))
+    reader = Reader(str(path))
     data = reader.read(text)
     steps = data.get("steps") if isinstance(data, dict) else None
     if isinstance(steps, list):
@@ -68,7 +80,23 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), dest: str | None
             reader.problems += problem.problems
     if dest and isinstance(data, dict):
         data["dest"] = dest
-    return _recipe(data, reader)
+    return _variants(data, reader) if isinstance(data, dict) and "variants" in data else (_recipe(data, reader),)
+
+
+def _variants(data: Mapping[str, Any], reader: Reader) -> tuple[Recipe, ...]:
+    try:
+        each = expanded(data)
+    except UsageError as problem:
+        raise UsageError(*reader.problems, *(f"{reader.name}: {text}" for text in problem.problems)) from None
+    problems: dict[str, None] = {}
+    recipes = []
+    for it in each:
+        try:
+            recipes.append(_recipe(it, reader))
+        except UsageError as problem:
+            problems |= dict.fromkeys(problem.problems)
+    raise_all(UsageError, problems)
+    return tuple(recipes)
 
 
 def make_recipe(data: Mapping[str, Any]) -> Recipe:
@@ -77,7 +105,7 @@ def make_recipe(data: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: with everything that is wrong in it.
     """
-    return _recipe(data, _Reader("recipe"))
+    return _recipe(data, Reader("recipe"))
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -101,6 +129,7 @@ def recipe_schema() -> dict[str, Any]:
         "properties": {
             "source": {"type": "string", "description": "A checkpoint directory or a hub id."},
             "dest": {"type": "string", "description": "The directory to write."},
+            "variants": {"type": "array", "items": {"type": "object"}, "description": "Values by name, to combine."},
             "steps": {"type": "array", "items": {"anyOf": steps}},
             "max_shard_size": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
             "target": {"enum": list(ENGINES)},
@@ -110,57 +139,7 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads what looks like a date as text: a model may well be named after a day."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-class _Reader:
-    """Reads YAML and remembers the line of each value, for the errors."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.lines: dict[tuple[Any, ...], int] = {}
-        self.problems: list[str] = []
-
-    def read(self, text: str) -> Any:
-        try:
-            loader = _Loader(text)
-            node = loader.get_single_node()
-            return self._value(loader, node, ()) if node else None
-        except (yaml.YAMLError, ValueError, RecursionError) as problem:
-            raise UsageError(f"{self.name}: is not YAML: {problem}") from None
-
-    def at(self, *path: Any) -> str:
-        """Return where a value stands, as `file:line`."""
-        return f"{self.name}:{self.lines[path]}" if path in self.lines else self.name
-
-    def _value(self, loader: yaml.SafeLoader, node: yaml.Node, path: tuple[Any, ...]) -> Any:
-        self.lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.ScalarNode):
-            return loader.construct_object(node)
-        if node.tag not in (loader.DEFAULT_MAPPING_TAG, loader.DEFAULT_SEQUENCE_TAG):
-            self.problems.append(f"{self.at(*path)}: the tag {node.tag!r} is refused; a recipe holds plain data.")
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(loader, item, (*path, place)) for place, item in enumerate(node.value)]
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                self.problems.append(f"{self.name}:{line}: the key {key!r} is not a word.")
-            elif key in mapping:
-                self.problems.append(f"{self.name}:{line}: the key {key!r} occurs twice.")
-            else:
-                self.lines[*path, key] = line
-                mapping[key] = self._value(loader, value_node, (*path, key))
-        return mapping
-
-
-def _recipe(data: Any, reader: _Reader) -> Recipe:
+def _recipe(data: Any, reader: Reader) -> Recipe:
     if not isinstance(data, Mapping):
         raise UsageError(*reader.problems, f"{reader.name}: a recipe has the keys {', '.join(KEYS)}.")
     if is_mergekit(data):
@@ -193,7 +172,7 @@ def _recipe(data: Any, reader: _Reader) -> Recipe:
     return Recipe(data["source"], data["dest"], tuple(step for step in parsed if step), size, target)
 
 
-def _step(item: Any, reader: _Reader, place: int, problems: list[str]) -> Step | None:
+def _step(item: Any, reader: Reader, place: int, problems: list[str]) -> Step | None:
     where = reader.at("steps", place)
     item = _spelled_out(item)
     if not isinstance(item, Mapping) or len(item) != 1 or not all(isinstance(name, str) for name in item):
@@ -220,12 +199,13 @@ def _set(data: Any, setting: str) -> None:
     for key in parents:
         if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
             step = place[int(key)]
-            place = next(iter(step.values()), None) if isinstance(step, dict) else None
+            is_step = isinstance(step, dict) and parents[0] == "steps"
+            place = next(iter(step.values()), None) if is_step else step
         else:
             place = place.get(key) if isinstance(place, dict) else None
     if not isinstance(place, dict):
         raise UsageError(f"--set {setting!r}: the recipe has no such place; write it as steps.1.layers=10-12.")
-    reader = _Reader(f"--set {setting!r}")
+    reader = Reader(f"--set {setting!r}")
     # A glob is text: YAML would look for the anchor of an alias, and there is none in a single value.
     place[last] = text if text.startswith("*") else reader.read(text)
     raise_all(UsageError, reader.problems)

@@ -184,9 +184,9 @@ def test_a_setting_that_fits_nowhere_is_refused(tmp_path: Path, setting: str, pr
         ("source: !!int seven\ndest: b\n", "recipe.yaml: is not YAML: invalid literal for int()"),
         ("source: &a [*a]\n", "recipe.yaml: is not YAML: maximum recursion depth"),
         ("source: a\x01\n", "recipe.yaml: is not YAML: unacceptable character"),
-        ("", "recipe.yaml: a recipe has the keys source, dest, steps, max_shard_size, target."),
-        ("- source: a\n", "recipe.yaml: a recipe has the keys source, dest, steps, max_shard_size, target."),
-        ("source\n", "recipe.yaml: a recipe has the keys source, dest, steps, max_shard_size, target."),
+        ("", "recipe.yaml: a recipe has the keys source, dest, variants, steps, max_shard_size, target."),
+        ("- source: a\n", "recipe.yaml: a recipe has the keys source, dest, variants, steps, max_shard_size, target."),
+        ("source\n", "recipe.yaml: a recipe has the keys source, dest, variants, steps, max_shard_size, target."),
     ],
 )  # fmt: skip
 def test_an_error_says_the_file_and_the_line(tmp_path: Path, text: str, problem: str) -> None:

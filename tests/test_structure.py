@@ -23,7 +23,7 @@ NAME = "tensorsurgeon"
 
 ORDER = (
     ("_version", "errors"),
-    ("sizes", "progress"),
+    ("sizes", "progress", "variants", "yaml_lines"),
     ("format",),
     ("reading",),
     ("document", "tensor", "notation", "nearest"),
@@ -60,7 +60,7 @@ LEAVES = {"_version": set(), "errors": set(), "progress": set(), "sizes": {"erro
 
 LIGHT = (
     "_version", "errors", "sizes", "progress", "format", "reading", "document", "tensor", "notation", "nearest",
-    "names", "shaping",
+    "names", "shaping", "variants", "yaml_lines",
     "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming",
     "module_lists", "arrangement", "sequence", "lora", "running",
     "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
@@ -206,7 +206,8 @@ def test_what_needs_numbers_loads_a_library_of_them(tmp_path: Path) -> None:
 
 def test_the_exported_names() -> None:
     assert ts.__all__ == [
-        "Checkpoint", "__version__", "exams", "load_recipe", "make_recipe", "open", "ops", "write",
+        "Checkpoint", "__version__", "exams", "levels", "load_recipe", "load_recipes", "make_recipe", "open", "ops",
+        "write",
     ]  # fmt: skip
     assert ts.ops.__all__ == [
         "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "repeat_layers", "reshard",
