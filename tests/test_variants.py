@@ -97,7 +97,7 @@ def test_all_variants_are_planned_before_the_first_is_written(tmp_path: Path, pl
         ("[{layers: {from: 0, until: 3}, size: 1MB}]", "is neither {from, to, steps"),
         ("[{layers: {from: a, repeats: 3}, size: 1MB}]", "variants: layers: "),
         ("[{layers: {from: 0, to: 3, steps: 1}, size: 1MB}]", "two or more are needed"),
-        ("[{layers: [x, y], size: [1MB, nothing]}]", "steps"),
+        ("[{layers: [x, y], size: [1MB, nothing]}]", "expected a layer number at character 1"),
     ],
 )
 def test_wrong_variants_are_refused(tmp_path: Path, plain: Path, variants: str, message: str) -> None:
