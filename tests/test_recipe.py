@@ -309,5 +309,5 @@ def test_the_schema_says_what_a_recipe_needs_and_allows() -> None:
     schema = recipe_schema()
     assert schema["required"] == ["source", "dest"]
     assert schema["additionalProperties"] is False
-    assert sorted(schema["properties"]) == sorted(Recipe.__dataclass_fields__)
+    assert sorted(schema["properties"]) == sorted([*Recipe.__dataclass_fields__, "variants"])
     assert json.loads(json.dumps(schema)) == schema
