@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import FileIO
+from itertools import product
 from typing import NamedTuple, TypeVar
 
 from tensorsurgeon.errors import SurgeonError
@@ -15,7 +16,7 @@ from tensorsurgeon.tensor import Block, LazyTensor
 CHUNK = 2**18
 """Bytes that are compared at once, small enough for two of them to stay in the cache."""
 AHEAD = 4
-"""Pieces that the system is told of before they are needed."""
+"""Pieces that the system is told of at once, before they are needed."""
 
 R = TypeVar("R")
 
@@ -42,9 +43,9 @@ class Reader:
         starts = spread(range(0, rows, step), share)
         disk = sum(span.nbytes for tensor in tensors for span in tensor.spans()) / max(rows, 1)
         for place, start in enumerate(starts):
-            for soon in starts[:AHEAD] if place == 0 else starts[place + AHEAD : place + AHEAD + 1]:
-                for tensor in tensors:
-                    tensor.foresee(soon, min(soon + step, rows))
+            if place % AHEAD == 0:
+                for tensor, run in product(tensors, _runs(starts[place : place + 2 * AHEAD], step)):
+                    tensor.foresee(run.start, min(run.stop, rows))
             stop = min(start + step, rows)
             blocks = [tensor.read(start, stop, into) for tensor, into in zip(tensors, places, strict=True)]
             self.advance(round(disk * (stop - start)))
@@ -102,6 +103,15 @@ def _fill(file: FileIO, place: bytearray) -> bool:
     while filled < len(place) and (count := file.readinto(view[filled:])):
         filled += count
     return filled == len(place)
+
+
+def _runs(starts: Sequence[int], step: int) -> list[range]:
+    """Return the rows of pieces, those of neighbours as one range."""
+    runs: list[range] = []
+    for start in starts:
+        joined = runs and runs[-1].stop == start
+        runs[-1:] = [range(runs[-1].start, start + step)] if joined else [*runs[-1:], range(start, start + step)]
+    return runs
 
 
 def spread(starts: Sequence[int], share: float) -> list[int]:

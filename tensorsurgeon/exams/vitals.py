@@ -13,7 +13,7 @@ import numpy as np
 from tensorsurgeon.exams.streaming import Reader
 from tensorsurgeon.kernels.arrays import Array, as_array, as_numbers
 from tensorsurgeon.kernels.census import Census, grid
-from tensorsurgeon.kernels.lattice import SIDE, WIDTH, Lattice, find_lattice
+from tensorsurgeon.kernels.lattice import CORNER, SIDE, WIDTH, Lattice, find_lattice, may_be_lattice
 from tensorsurgeon.kernels.moments import Moments, block_moments
 from tensorsurgeon.kernels.statistics import WIDE, exact_moments, histogram, present, statistics
 from tensorsurgeon.shaping import flattened
@@ -97,11 +97,18 @@ def _probe(block: Block, columns: int) -> Iterator[Lattice]:
     matrix = as_array(block).reshape(-1, columns)
     rows, edges = ((0, max(0, size // side - 1) * side) for size, side in zip(matrix.shape, (SIDE, WIDTH), strict=True))
     for r, c in dict.fromkeys(product(rows, edges)):
-        part = np.ascontiguousarray(matrix[r : r + SIDE, c : c + WIDTH])
-        found = find_lattice(as_numbers(Block(block.dtype, part.shape, part.data.cast("B"))))
+        part = matrix[r : r + SIDE, c : c + WIDTH]
+        if not may_be_lattice(_numbers(block.dtype, part[:CORNER, :CORNER])):
+            return
+        found = find_lattice(_numbers(block.dtype, part))
         if found is None:
             return
         yield found
+
+
+def _numbers(dtype: str, part: Array) -> Any:
+    whole = np.ascontiguousarray(part)
+    return as_numbers(Block(dtype, whole.shape, whole.data.cast("B")))
 
 
 def _heads(block: Block) -> Array:

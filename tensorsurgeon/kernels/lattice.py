@@ -19,6 +19,8 @@ import numpy.typing as npt
 SIDE, WIDTH = 256, 512
 """Rows and columns of a probe."""
 BLOCKS = (256, 128, 64, 32)
+CORNER = 32
+"""Side of the part of a probe that is looked at first."""
 SIGNIFICANDS = 8
 """Significands of E4M3, those of subnormal codes among them."""
 TOP = 448.0
@@ -56,14 +58,19 @@ class Lattice(NamedTuple):
     unscaled: bool
 
 
+def may_be_lattice(corner: Numbers) -> bool:
+    """Tell from a few numbers, which costs next to nothing, whether a probe could show anything."""
+    sizes = np.abs(corner)
+    if min(sizes.shape) < CORNER or not np.isfinite(sizes).all():
+        return False
+    # Four bits on a uniform grid have as few significands, but only eight magnitudes.
+    return len(_significands(sizes, _marks(sizes))) <= SIGNIFICANDS and len(np.unique(sizes)) > 2 * SIGNIFICANDS
+
+
 def find_lattice(numbers: Numbers) -> Lattice | None:
     """Return what a probe shows whose first row and column begin a block, or None for numbers that were never E4M3."""
     sizes = np.abs(numbers)
-    if min(sizes.shape) < BLOCKS[-1] or not np.isfinite(sizes).all():
-        return None
-    first = sizes[: BLOCKS[-1], : BLOCKS[-1]]
-    # Four bits on a uniform grid have as few significands, but only eight magnitudes.
-    if len(_significands(first, _marks(first))) > SIGNIFICANDS or len(np.unique(first)) <= 2 * SIGNIFICANDS:
+    if not may_be_lattice(sizes[:CORNER, :CORNER]) or not np.isfinite(sizes).all():
         return None
     marks = _marks(sizes)
     fitting = [side for side in BLOCKS if side <= min(sizes.shape)]
