@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from tensorsurgeon.shaping import flattened
 from tensorsurgeon.tensor import PIECE_ROWS, Block, LazyTensor
 
 PROBES = 2
-"""Pieces of a matrix that are probed for codes of FP8, at their corners."""
+"""Pieces of a matrix that are probed for codes of FP8, at two corners each."""
 BLOCK = 2**23
 """Bytes of a matrix that are decomposed at once."""
 POINTS = 256
@@ -93,10 +92,10 @@ def _is_probed(start: int, band: int, rows: int) -> bool:
 
 
 def _probe(block: Block, columns: int) -> Iterator[Lattice]:
-    """Yield what the corners of a block show; nothing where the first was never FP8."""
+    """Yield what the first and the last corner of a block show; nothing where the first was never FP8."""
     matrix = as_array(block).reshape(-1, columns)
-    rows, edges = ((0, max(0, size // side - 1) * side) for size, side in zip(matrix.shape, (SIDE, WIDTH), strict=True))
-    for r, c in dict.fromkeys(product(rows, edges)):
+    last = tuple(max(0, size // side - 1) * side for size, side in zip(matrix.shape, (SIDE, WIDTH), strict=True))
+    for r, c in dict.fromkeys([(0, 0), last]):
         part = matrix[r : r + SIDE, c : c + WIDTH]
         if not may_be_lattice(_numbers(block.dtype, part[:CORNER, :CORNER])):
             return
