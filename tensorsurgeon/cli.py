@@ -87,9 +87,9 @@ def _exam_command(spec: Spec) -> click.Command:
         subject: Any = model if spec.takes_location else open_checkpoint(model)
         with run_under(Running(memory, threads or 0, quiet=quiet or as_json)):
             findings = spec.function(subject, **_present({name: given[name] for name in own}))
+        _print(findings_json(findings) if as_json else findings_text(findings))
         operands = [model, *(str(given[it.name]) for it in spec.operands)]
         write_report(findings, " ".join([spec.name, *operands]), **places)
-        _print(findings_json(findings) if as_json else findings_text(findings))
         return WRONG if findings.problems else 0
 
     params = [click.Argument(["model"]), *map(_operand, spec.operands), *map(_option, spec.options), *_report_options()]

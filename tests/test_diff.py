@@ -134,7 +134,7 @@ def test_dtypes_are_compared_by_their_numbers(plain: Path, tmp_path: Path, dtype
         for name in ("model.embed_tokens.weight", UP):
             assert_numbers(row_of(findings, name), expected(one[name], one[name].half()))
     else:
-        assert summary(findings)["equal"] == "every number"
+        assert summary(findings)["equal"] == "every number of every tensor"
         assert row_of(findings, UP)["change"].endswith("same numbers")
 
 
@@ -183,7 +183,7 @@ def test_layer_surgery_is_shown_as_what_it_is(
     assert align(ts.open(plain), ts.open(tmp_path / "made")).layers == origins
     assert (found["added"], found["removed"]) == (0, 22 if gone else 0)
     if not tuned:
-        assert found["equal"] == ("no" if gone else "every byte of every tensor")
+        assert found["equal"] == ("no" if gone else "every byte of every tensor, under other names")
         assert found["changed"] == 0
     moved = next(place for place, origin in enumerate(origins) if place != origin)
     row = row_of(findings, UP.replace(".1.", f".{moved}."))
@@ -269,8 +269,25 @@ def test_only_what_is_chosen_is_compared(plain: Path, fine_tuned: Path) -> None:
     assert {row["name"].split(".")[4] for row in findings.tables["tensors by change"]} == {
         "up_proj", "gate_proj", "down_proj",
     }  # fmt: skip
+    assert summary(compared(plain, fine_tuned, roles="norm"))["equal"] == "every byte of what was chosen"
     with pytest.raises(UsageError, match="nothing is selected"):
         compared(plain, fine_tuned, names="*norm*", roles="mlp")
+
+
+@pytest.mark.parametrize("fault", [math.nan, 0.0])
+def test_a_layer_that_is_like_no_other_is_compared_in_its_place(plain: Path, tmp_path: Path, fault: float) -> None:
+    def spoil(made: Weights) -> None:
+        for name, tensor in made.items():
+            if ".layers.2." in name:
+                tensor.fill_(fault)
+
+    findings = compared(plain, changed(tmp_path / "other", spoil))
+    assert summary(findings)["layers"] == "the same 4"
+    assert (summary(findings)["changed"], summary(findings)["added"], summary(findings)["removed"]) == (11, 0, 0)
+    assert len(findings.problems) == (11 if math.isnan(fault) else 0)
+    # What is wrong is told in the order of the tensors, however many threads there are.
+    names = [text.split(":")[0] for text in findings.problems]
+    assert names == [name for name in ts.open(plain) if name in names]
 
 
 def test_findings_do_not_depend_on_threads_and_memory(plain: Path, fine_tuned: Path) -> None:

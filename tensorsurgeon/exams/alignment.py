@@ -106,6 +106,12 @@ def _layers(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
     if not any(layer is not None for layer in layers):
         # Nothing is alike: what bears the same name is compared.
         return tuple(range(min(len(one), len(other)))) + (None,) * (len(other) - len(one))
+    for place, layer in enumerate(layers):
+        # A layer that is like none was changed beyond likeness, where there is one left in its place.
+        before = layers[place - 1] if place else -1
+        expected = place if before is None else before + 1
+        if layer is None and expected < len(one) and expected not in layers:
+            layers[place] = expected
     return tuple(layers)
 
 

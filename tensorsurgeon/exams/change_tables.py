@@ -14,14 +14,21 @@ from tensorsurgeon.quantized import format_name
 Row = Mapping[str, Any]
 
 
-def summary(one: Checkpoint, two: Checkpoint, rows: Sequence[Row], absent: Sequence[Row]) -> dict[str, Any]:
-    """Return what two checkpoints come to, from a row for each pair of tensors and for each that has no pair."""
+def summary(
+    one: Checkpoint, two: Checkpoint, rows: Sequence[Row], absent: Sequence[Row], whole: bool
+) -> dict[str, Any]:
+    """Return what two checkpoints come to, from a row for each pair of tensors and for each that has no pair.
+
+    `whole` tells that nothing was left out by choice.
+    """
     changes = [str(row["change"]).split(", ") for row in rows]
     same_bytes = sum(not {"values", "bytes", "same numbers"} & set(it) for it in changes)
     same_numbers = sum("same numbers" in it for it in changes)
-    equal = "every byte of every tensor" if same_bytes == len(rows) and not absent else "no"
-    if equal == "no" and same_bytes + same_numbers == len(rows) and not absent:
-        equal = "every number"
+    moved = sum(it[0] == "renamed" or it[0].startswith("from layer") for it in changes)
+    equal = "no"
+    if same_bytes + same_numbers == len(rows) and not absent:
+        equal = "every number" if same_numbers else "every byte"
+        equal += (" of every tensor" if whole else " of what was chosen") + (", under other names" if moved else "")
     return {
         "first": one.sources[0].name,
         "second": two.sources[0].name,
@@ -30,7 +37,7 @@ def summary(one: Checkpoint, two: Checkpoint, rows: Sequence[Row], absent: Seque
         "of the same bytes": same_bytes,
         "of the same numbers": same_numbers,
         "changed": len(rows) - same_bytes - same_numbers,
-        "renamed or moved": sum(it[0] == "renamed" or it[0].startswith("from layer") for it in changes),
+        "renamed or moved": moved,
         "of another dtype": sum(row["dtype"] != one[row["from"]].dtype for row in rows),
         "of another shape": sum(row["shape"] != list(one[row["from"]].shape) for row in rows),
         "in another shard": sum("shard" in it for it in changes),

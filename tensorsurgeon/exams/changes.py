@@ -75,7 +75,8 @@ def diff(
     pairs = {name: alignment.names[name] for name in chosen if name in alignment.names}
     new = [name for name in chosen if name not in pairs]
     taken = set(alignment.names.values())
-    gone = [] if names or roles or layers else [name for name in one.plain if name not in taken]
+    whole = not names and not roles and layers is None
+    gone = [name for name in one.plain if name not in taken] if whole else []
     moved = renamed(one.plain, two.plain, gone, new)
     found = _compare(one, two, pairs | moved)
     lost = {name for name in moved if not found[name].equal}
@@ -89,7 +90,7 @@ def diff(
     config = list(unequal_keys(one.raw.config.value, two.raw.config.value))
     files = list(unequal_files(one.raw, two.raw))
     layer_text, layer_rows = by_layer(one.plain, alignment.layers, rows)
-    facts = summary(one.raw, two.raw, rows, absent) | {
+    facts = summary(one.raw, two.raw, rows, absent, whole) | {
         "config keys": len(config),
         "other files": len(files),
         "layers": layer_text,
@@ -98,9 +99,9 @@ def diff(
     if any(row["change"] != "equal" for row in rows):
         tables |= {"roles": by_role(rows), "layers": layer_rows, "tensors by change": rows}
     problems = tuple(
-        f"{name}: {it.difference.broken:,} elements are NaN or infinite in one of the two models only."
-        for name, it in found.items()
-        if name in pairs and it.difference and it.difference.broken
+        f"{name}: {difference.broken:,} elements are NaN or infinite in one of the two models only."
+        for name in pairs
+        if (difference := found[name].difference) and difference.broken
     )
     return Findings({title: it for title, it in tables.items() if it}, problems, (), {"tensors by change": SHOWN})
 

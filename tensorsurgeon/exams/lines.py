@@ -33,14 +33,14 @@ class Lines:
 
     def __enter__(self) -> Lines:
         if self.path:
-            whole = self._read()
             try:
+                whole = self._read()
                 self.file = open(self.path, "r+" if whole else "w", encoding="utf-8")
+                # A line that was cut off is written anew.
+                self.file.truncate(whole)
+                self.file.seek(whole)
             except OSError as problem:
                 raise DestinationError(f"{self.path}: cannot be written: {problem.strerror}.") from None
-            # A line that was cut off is written anew.
-            self.file.truncate(whole)
-            self.file.seek(whole)
             if not whole:
                 self._write(self.header)
         return self
@@ -61,8 +61,11 @@ class Lines:
 
     def _write(self, value: Mapping[str, Any]) -> None:
         assert self.file
-        self.file.write(json.dumps(value) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(value) + "\n")
+            self.file.flush()
+        except OSError as problem:
+            raise DestinationError(f"{self.path}: cannot be written: {problem.strerror}.") from None
 
     def _read(self) -> int:
         """Take over the lines of the file; return how many bytes of it are whole lines."""
@@ -74,6 +77,8 @@ class Lines:
             return 0
         text = self.path.read_bytes()
         whole = text.rfind(b"\n") + 1
+        if not whole and text.startswith(b'{"tensorsurgeon"'):
+            return 0
         try:
             header, *lines = (json.loads(line) for line in text[:whole].splitlines())
             known = header if isinstance(header, dict) and "tensorsurgeon" in header else None

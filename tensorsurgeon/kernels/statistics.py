@@ -101,14 +101,21 @@ def statistics(numbers: Present, moments: Moments) -> dict[str, Any]:
             "max": moments.greatest,
             "absmax": max(-moments.least, moments.greatest),
             "rms": math.hypot(moments.mean, std),
-            "skewness": moments.third / n / variance**1.5 if varies else None,
-            "kurtosis": moments.fourth / n / variance**2 - 3 if varies else None,
+            "skewness": _quotient(moments.third / n, variance, 1.5) if varies else None,
+            "kurtosis": _quotient(moments.fourth / n, variance, 2, 3) if varies else None,
         }
     row |= {name: getattr(moments, key) for name, key in _COUNTED.items()}
     row |= {f"{name} share": getattr(moments, key) / n if n else None for name, key in _SHARES.items()}
     row |= quantiles(numbers, moments)
     row["outlier share"] = _outlier_share(numbers, row)
     return row
+
+
+def _quotient(moment: float, variance: float, power: float, less: float = 0) -> float | None:
+    """Return `moment / variance^power - less`; None where float64 cannot hold what that takes."""
+    with np.errstate(all="ignore"):
+        found = float(moment / np.float64(variance) ** power)
+    return found - less if math.isfinite(found) else None
 
 
 _COUNTED = {"zeros": "zeros", "NaN": "nan", "Inf": "infinite", "subnormals": "subnormal"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ def check_report(html: Path | None = None, csv: Path | None = None, plot: Path |
     needed = {"--html": (html, "plotly"), "--plot": (plot, "matplotlib")}
     missing = [(option, library) for option, (place, library) in needed.items() if place and not find_spec(library)]
     raise_all(UsageError, (f'{option} needs {it}: pip install "tensorsurgeon[report]"' for option, it in missing))
-    problems = []
-    if html and not html.absolute().parent.is_dir():
-        problems.append(f"{html}: there is no directory {html.parent}; make it first.")
+    places = [it for it in (html, csv, plot) if it]
+    problems = [f"{it}: there is no directory {it.parent}; make it first." for it in places
+                if not it.absolute().parent.is_dir()]  # fmt: skip
+    problems += [f"{it}: {it.parent} cannot be written to." for it in places
+                 if it.absolute().parent.is_dir() and not os.access(it.absolute().parent, os.W_OK)]  # fmt: skip
     problems += [f"{it}: is a directory; name a file." for it in (html,) if it and it.is_dir()]
     problems += [f"{it}: is a file; name a directory." for it in (csv, plot) if it and it.is_file()]
     raise_all(DestinationError, problems)

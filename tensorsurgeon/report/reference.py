@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
 
 
@@ -30,8 +28,8 @@ def _section(spec: Spec) -> str:
 def _default(parameter: Parameter) -> str:
     if parameter.required:
         return "required"
-    shown: Any = {None: "-", False: "no", True: "yes"}.get(parameter.default, f"`{parameter.default}`")
-    return str(shown)
+    words = {"None": "-", "False": "no", "True": "yes"}
+    return words.get(str(parameter.default), f"`{parameter.default}`")
 
 
 def _meaning(parameter: Parameter) -> str:
