@@ -214,6 +214,124 @@ def test_a_shard_of_zeros_is_found(tmp_path: Path) -> None:
     assert rules_of(examined(saved(tmp_path / "model", made)).problems) == {("all-zero", name) for name in lost}
 
 
+def clipped(weight: torch.Tensor) -> torch.Tensor:
+    scale = weight.abs().flatten().kthvalue(int(0.999 * weight.numel())).values / 448
+    return (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to(torch.float8_e4m3fn).float()
+
+
+@pytest.mark.parametrize("quantized", [powers_of_two, per_tensor, clipped, as_it_is])
+def test_real_weights_that_were_decoded_from_fp8_rightly_are_healthy(
+    minilm: Path, tmp_path: Path, quantized: Callable[..., torch.Tensor]
+) -> None:
+    made = make.read(minilm)
+    for name, tensor in made.items():
+        if tensor.dim() == 2 and ".layer." in name:
+            made[name] = quantized(tensor)
+    directory = make.save(tmp_path / "model", made, json.loads((minilm / "config.json").read_text()))
+    assert examined(directory, roles="attention,mlp").problems == ()
+
+
+def altered(rows: torch.Tensor, name: str = UP) -> Weights:
+    return healthy() | {name: rows}
+
+
+def many_experts(sizes: Callable[[int, int], float]) -> Weights:
+    made = healthy()
+    for layer in range(LAYERS):
+        for expert in range(6):
+            name = f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
+            made[name] = 0.03 * sizes(layer, expert) * torch.randn(40, 48)
+    return made
+
+
+ODD_BUT_HEALTHY: dict[str, Callable[[], Weights]] = {
+    "a state space's A_log": lambda: healthy() | {
+        f"model.layers.{layer}.mixer.A_log": torch.arange(1, 17.0).log().repeat(32, 1) for layer in range(LAYERS)
+    },
+    "norms with a row for each head": lambda: healthy() | {
+        f"model.layers.{layer}.self_attn.q_norm.weight": 1.3 + 0.1 * torch.randn(8, 32) for layer in range(LAYERS)
+    },
+    "an embedding of large numbers": lambda: altered(12 * torch.randn(304, 192), EMBEDDING),
+    "one dead row of stacked experts": lambda: altered(
+        matrix(512, 64).index_fill(0, torch.tensor(7), 0).reshape(8, 64, 64), "model.layers.3.mlp.experts.gate_up_proj"
+    ),
+    "experts that differ": lambda: many_experts(lambda layer, expert: 4.0 if expert == layer % 6 else 1.0),
+    "a small matrix of powers of two": lambda: altered(powers_of_two(matrix(384, 384))),
+    "per tensor, clipped": lambda: altered(
+        (matrix().clamp(-0.08, 0.08) / (0.08 / 448)).to(torch.float8_e4m3fn).float() * (0.08 / 448)
+    ),
+    "a quantiser that reaches 240": lambda: altered(shy(240)),
+    "a quantiser with a margin": lambda: altered(shy(416)),
+}  # fmt: skip
+
+
+def shy(top: int) -> torch.Tensor:
+    """Block FP8 whose largest code is another than 448, decoded rightly."""
+    weight = matrix()
+    scale = by_blocks(128)(make.quantize(weight)[1] * 448 / top, weight.shape)
+    return (weight / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+@pytest.mark.parametrize("weights", ODD_BUT_HEALTHY)
+def test_what_is_odd_is_not_ill(tmp_path: Path, weights: str) -> None:
+    assert examined(saved(tmp_path / "model", ODD_BUT_HEALTHY[weights]())).problems == ()
+
+
+def test_vectors_can_be_ill_too(tmp_path: Path) -> None:
+    made = healthy()
+    made["model.norm.weight"][5] = 3e38
+    made["model.layers.2.self_attn.q_proj.bias"] = torch.full((256,), 1e36)
+    assert rules_of(examined(saved(tmp_path / "model", made)).problems) == {
+        ("giant", "model.norm.weight"),
+        ("giant", "model.layers.2.self_attn.q_proj.bias"),
+    }
+
+
+def test_a_layer_whose_experts_are_of_another_size_is_found(tmp_path: Path) -> None:
+    findings = examined(saved(tmp_path / "model", many_experts(lambda layer, expert: 4.0 if layer == 3 else 1.0)))
+    ((rule, name),) = rules_of(findings.problems)
+    assert rule == "departing-std"
+    assert ".layers.3.mlp.experts." in name
+
+
+def test_an_expert_that_was_lost_is_found(tmp_path: Path) -> None:
+    stacked = matrix(512, 64).reshape(8, 64, 64)
+    stacked[5] = 0
+    name = "model.layers.3.mlp.experts.gate_up_proj"
+    assert rules_of(examined(saved(tmp_path / "model", altered(stacked, name))).problems) == {("dead-channels", name)}
+
+
+def test_layers_are_not_called_the_same_where_only_a_part_was_read(tmp_path: Path) -> None:
+    made = healthy()
+    for layer in range(LAYERS):
+        made[f"model.layers.{layer}.self_attn.q_proj.bias"] = torch.zeros(256)
+    directory = saved(tmp_path / "model", made)
+    assert examined(directory).problems == examined(directory, names="*bias").problems == ()
+
+
+@pytest.mark.parametrize("size", [1e80, 1e120, 1e300])
+def test_numbers_that_only_float64_holds_are_looked_at(tmp_path: Path, size: float) -> None:
+    made = {name: it.double() for name, it in healthy().items()}
+    made[UP] *= size
+    directory = make.save(tmp_path / "model", made, make.config(LAYERS))
+    assert {where for _, where in rules_of(examined(directory).problems)} == {UP}
+
+
+def test_scales_of_a_cache_make_no_quantised_model(tmp_path: Path) -> None:
+    made = healthy() | {"model.layers.0.self_attn.k_scale": torch.ones(())}
+    assert examined(saved(tmp_path / "model", made)).problems == ()
+
+
+def test_singular_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "model", healthy())
+    with run_under(Running(memory=2**19)), pytest.raises(RefusedError, match=r"lm_head.weight: .* give --memory that"):
+        examined(directory, spectrum=True)
+
+
 def test_every_rule_has_a_disease() -> None:
     found = {rule for rule, _, _ in DISEASES.values()}
     assert found == {rule.name for rule in (*RULES, DUPLICATED) if rule.wrong}
@@ -235,7 +353,7 @@ def test_probes_need_room_and_finite_numbers() -> None:
     assert find_lattice(weight + math.inf) is None
     found = find_lattice(weight)
     assert found is not None
-    assert (found.block, found.top) == (128, 1.0)
+    assert (found.block, found.top, found.tiles) == (128, 20, 20)
 
 
 def test_statistics_of_fp8_are_those_of_what_dequantize_writes(tmp_path: Path, fp8: Path) -> None:
@@ -258,7 +376,7 @@ def test_fp8_without_its_scales_is_refused(tmp_path: Path) -> None:
 def test_findings_do_not_depend_on_threads_and_memory(tmp_path: Path, dtype: torch.dtype) -> None:
     directory = saved(tmp_path / "model", healthy() | {UP: matrix(1500, 1300)}, dtype)
     found = []
-    for settings in (Running(threads=1), Running(threads=3), Running(memory=2**20, threads=2)):
+    for settings in (Running(threads=1), Running(threads=3), Running(memory=2**26, threads=2)):
         with run_under(settings):
             found.append(examined(directory, spectrum=True))
     assert found[0] == found[1] == found[2]
@@ -324,7 +442,7 @@ def test_two_models_stand_side_by_side(tmp_path: Path) -> None:
     one, other = saved(tmp_path / "one", healthy()), healthy()
     other[UP].zero_()
     findings = examined(one, beside=str(saved(tmp_path / "other", other)))
-    assert findings.problems == (f"other: {UP}: all-zero: all 61,440 elements are zero.",)
+    assert findings.problems == (f"other: {UP}: all-zero: everything that was read is zero.",)
     assert {row["model"] for row in findings.tables["statistics"]} == {"one", "other"}
     assert len(findings.details) == len(findings.tables["statistics"])
     same = examined(one, beside=str(one))
@@ -348,7 +466,10 @@ def test_limits_are_overridden(tmp_path: Path) -> None:
     [
         ("explodet: {std: 3}", "there is no rule 'explodet'. Did you mean 'exploded'"),
         ("exploded: {sdt: 3}", "exploded has no limit 'sdt'; it has mean, std"),
-        ("exploded: {std: big}", "std is 'big', not a number"),
+        ("exploded: {std: big}", "std is 'big', not a number from 0"),
+        ("exploded: {std: .nan}", "std is nan, not a number from 0"),
+        ("departing-std: {neighbours: 0}", "neighbours is 0; it is at least 1"),
+        ("departing-std: {factor: 0.5}", "factor is 0.5; it is at least 1"),
         ("exploded: 3", "exploded is 3, neither limits nor 'off'"),
         ("- exploded", "no mapping of rules"),
         ("a: [", "is not YAML"),

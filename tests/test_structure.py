@@ -66,6 +66,7 @@ LIGHT = (
     "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
     "durable", "writer", "quantized", "ops", "mergekit", "recipe", "cli", "report", "__init__", "__main__",
     "exams/__init__", "exams/cancellation", "exams/change_tables", "exams/changes", "exams/claims", "exams/documents",
+    "exams/duplicates",
     "exams/health", "exams/integrity", "exams/lines", "exams/overview", "exams/selection", "exams/streaming",
     "exams/verdict",
 )  # fmt: skip
@@ -75,6 +76,7 @@ HEAVY = ("torch", "numpy", "numba", "transformers", "safetensors", "huggingface_
 NUMERIC = ("torch", "numpy", "numba", "transformers")
 
 LONG: dict[str, str] = {
+    "exams/verdict": "the rules of autopsy, each with what finds it",
     "roles": "a table with a rule for each name of a module",
 }
 """Modules of more than 260 lines, with the reason."""

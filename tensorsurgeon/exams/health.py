@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.errors import CheckpointError
+from tensorsurgeon.errors import RefusedError, UsageError, raise_all
+from tensorsurgeon.exams.duplicates import same_layers
 from tensorsurgeon.exams.lines import Lines
 from tensorsurgeon.exams.selection import layer_number, role_label, select
-from tensorsurgeon.exams.streaming import Reader, Work, each, same_bytes
-from tensorsurgeon.exams.verdict import DUPLICATED, Rule, Subject, judge, with_limits
-from tensorsurgeon.names import layer_name
-from tensorsurgeon.notation import format_layers
+from tensorsurgeon.exams.streaming import Reader, Work, each
+from tensorsurgeon.exams.verdict import Rule, Subject, judge, with_limits
 from tensorsurgeon.ops.dequantization import as_plain
 from tensorsurgeon.parameters import File, Glob, Layers, Model, Share, Thresholds, Words
-from tensorsurgeon.quantized import PLAIN
+from tensorsurgeon.quantized import PLAIN, quantized_tensors
 from tensorsurgeon.registry import Findings, exam, open_model
+from tensorsurgeon.running import running
+from tensorsurgeon.sizes import format_size
 
 if TYPE_CHECKING:
     from tensorsurgeon.exams.vitals import Vitals
 
+MANY, POINTS, FEWER = 2000, 256, 32
+"""Of so many tensors at most, 256 groups of rows and of columns are kept for pictures, and else 32."""
 SHOWN = ("name", "mean", "std", "absmax", "kurtosis", "outlier share", "row ratio", "column ratio")
 
 
@@ -73,14 +76,20 @@ def autopsy(
     rules = with_limits(thresholds or {})
     models = [ckpt] if beside is None else [ckpt, open_model(beside)]
     patients = [_patient(it, names, roles, layers) for it in models]
+    if spectrum:
+        raise_all(RefusedError, (text for it in patients for text in _too_wide(it)))
     with Lines(lines, models, {"sample": sample, "spectrum": spectrum}) as kept:
         found = [_vitals(it, kept, place, sample, spectrum) for place, it in enumerate(patients)]
+    whole = not names and not roles
     labels = _labels(models)
     rows, details, problems, unusual = [], [], [], []
     verdict: dict[str, int] = defaultdict(int)
     for label, patient, vitals in zip(labels, patients, found, strict=True):
         subjects = [_subject(patient, name, it) for name, it in vitals.items()]
-        faults = judge(subjects, rules) + _duplicates(patient, vitals, rules, sample)
+        faults = judge(subjects, rules)
+        # Layers can only be called the same where all of them was read.
+        if whole and sample == 1:
+            faults += same_layers(patient.plain, {name: it.fingerprint for name, it in vitals.items()}, rules)
         for rule, name, what in faults:
             verdict[rule.name] += 1
             text = f"{label}: {name}" if beside is not None else name
@@ -104,10 +113,25 @@ def autopsy(
 
 
 def _patient(ckpt: Checkpoint, names: str | None, roles: Sequence[str] | None, layers: Any) -> Patient:
-    plain = as_plain(ckpt, "bfloat16")
-    chosen = select(plain, names, roles, layers)
+    chosen = select(ckpt, names, roles, layers)
+    # Scales of a cache or of activations alone make no quantised model.
+    coded = {name for name in quantized_tensors(ckpt.tensors) if ckpt[name].dtype not in PLAIN}
+    plain = as_plain(ckpt, "bfloat16") if coded.intersection(chosen) else ckpt
+    chosen = [name for name in chosen if name in plain]
     numbers = tuple(name for name in chosen if plain[name].dtype in PLAIN and plain[name].nbytes)
+    if not numbers:
+        raise UsageError("nothing is selected: there are no numbers in what was chosen.")
     return Patient(ckpt, plain, numbers, len(chosen) - len(numbers))
+
+
+def _too_wide(patient: Patient) -> Iterator[str]:
+    """Yield the matrices whose singular values take more memory than there is."""
+    from tensorsurgeon.exams.vitals import spectral_memory
+
+    for name in patient.chosen:
+        needed = spectral_memory(patient.plain[name].shape)
+        if needed > running().memory:
+            yield f"{name}: its singular values take {format_size(needed)}; give --memory that, or choose others."
 
 
 def _vitals(patient: Patient, kept: Lines, place: int, sample: float, spectrum: bool) -> dict[str, Vitals]:
@@ -125,7 +149,7 @@ def _vitals(patient: Patient, kept: Lines, place: int, sample: float, spectrum: 
     def look(name: str, reader: Reader) -> Vitals:
         role = plain.roles[name]
         table = role.kind == "weight" and role.group == "embedding"
-        vitals = look_at(plain[name], reader, sample, table)
+        vitals = look_at(plain[name], reader, sample, table, POINTS if len(work) <= MANY else FEWER)
         return with_spectrum(vitals, plain[name]) if spectrum else vitals
 
     with _single_threads() if spectrum else nullcontext():
@@ -152,46 +176,7 @@ def _subject(patient: Patient, name: str, vitals: Vitals) -> Subject:
         "elements": prod(tensor.shape),
         **vitals.row,
     }
-    return Subject(name, role.group, role.kind, len(tensor.shape) > 1, row, vitals.lattice)
-
-
-def _duplicates(
-    patient: Patient, vitals: Mapping[str, Vitals], rules: Sequence[Rule], sample: float
-) -> list[tuple[Rule, str, str]]:
-    """Return layers whose tensors all hold the same bytes as those of an earlier layer."""
-    rule = next((rule for rule in rules if rule.name == DUPLICATED.name), None)
-    try:
-        stack = patient.plain.layers
-    except CheckpointError:
-        return []
-    if rule is None or sample < 1:
-        return []
-    made: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for name, it in vitals.items():
-        layer = stack.layer_of(name)
-        if layer is not None:
-            made[layer].append((_rest(name), it.fingerprint))
-    alike: dict[tuple[tuple[str, str], ...], list[int]] = defaultdict(list)
-    for layer, parts in sorted(made.items()):
-        alike[tuple(sorted(parts))].append(layer)
-    found = []
-    for same, group in alike.items():
-        twins = [group[0]]
-        twins += [layer for layer in group[1:] if _same(patient.plain, stack.prefix, same, group[0], layer)]
-        if len(twins) > 1:
-            found.append((rule, f"layers {format_layers(twins)}", "hold the same bytes in every tensor."))
-    return found
-
-
-def _same(ckpt: Checkpoint, prefix: str, parts: Sequence[tuple[str, str]], one: int, other: int) -> bool:
-    """Compare two layers byte by byte."""
-    return all(same_bytes(ckpt[f"{prefix}{one}.{rest}"], ckpt[f"{prefix}{other}.{rest}"]) for rest, _ in parts)
-
-
-def _rest(name: str) -> str:
-    found = layer_name(name)
-    assert found
-    return found.rest
+    return Subject(name, role, row, vitals.lattice)
 
 
 def _labels(models: Sequence[Checkpoint]) -> list[str]:

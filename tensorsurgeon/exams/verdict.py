@@ -7,32 +7,36 @@ projections differ. Ranges of healthy matrices are those of published models in 
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
 from tensorsurgeon.errors import UsageError, nearest, raise_all
+from tensorsurgeon.roles import Role
 
+PROJECTIONS = ("in", "o", "q", "k", "v", "z", "qkv", "qkvz", "x", "y", "gate")
+"""Parts of what mixes tokens without softmax whose numbers are like those of other projections."""
 Limits = Mapping[str, float]
 Found = Iterator[tuple[str, str]]
 """What a rule finds: a tensor or layers, and what is the matter with it."""
 
 
 class Subject(NamedTuple):
-    """A tensor, as rules see it: its row of statistics, what probes for FP8 found, and which copy of it there is."""
+    """A tensor, as rules see it: its role, its row of statistics, and what probes for FP8 found."""
 
     name: str
-    group: str
-    kind: str
-    matrix: bool
+    role: Role
     row: Mapping[str, Any]
     lattice: Sequence[Any] = ()
 
     @property
-    def healthy_kind(self) -> bool:
-        """Whether it is a matrix of numbers whose size says something."""
-        return self.matrix and self.kind == "weight" and self.row["std"] is not None
+    def is_projection(self) -> bool:
+        """Whether it is a matrix that is multiplied with what a layer computes: of those the size says something."""
+        group, part = self.role.group, self.role.part
+        known = group in ("attention", "mlp", "expert", "head") or (group == "mixer" and part in PROJECTIONS)
+        return known and self.role.kind == "weight" and len(self.row["shape"]) > 1 and self.row["std"] is not None
 
 
 class Rule(NamedTuple):
@@ -59,8 +63,8 @@ def _infinity(subjects: Sequence[Subject], limits: Limits) -> Found:
 
 def _all_zero(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
-        if it.kind == "weight" and it.row["absmax"] == 0:
-            yield it.name, f"all {it.row['elements']:,} elements are zero."
+        if it.role.kind == "weight" and it.row["absmax"] == 0 and not it.name.endswith("lora_B.weight"):
+            yield it.name, "everything that was read is zero."
 
 
 def _raw_codes(subjects: Sequence[Subject], limits: Limits) -> Found:
@@ -74,7 +78,7 @@ def _one_scale(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
         beyond = max(abs(it.row["mean"] or 0), it.row["std"] or 0)
         seen = it.lattice
-        if it.healthy_kind and beyond > limits["beyond"]:
+        if (it.is_projection or seen) and beyond > limits["beyond"]:
             yield it.name, f"mean {it.row['mean']:.4g} and std {_std(it)}; no code of E4M3 is beyond 448."
         elif _shares(seen, limits) and min(one.least for one in seen) == max(one.largest for one in seen):
             yield it.name, "one scale was laid over codes of blocks that had their own: all reach the same magnitude."
@@ -85,7 +89,7 @@ def _wrong_block(subjects: Sequence[Subject], limits: Limits) -> Found:
         block = min((seen.block for seen in it.lattice), default=0)
         if _shares(it.lattice, limits):
             yield it.name, f"scales were laid over blocks of {block}, but codes are of smaller ones."
-        elif any(seen.bounded for seen in it.lattice) and _mean(seen.top for seen in it.lattice) < limits["top"]:
+        elif any(seen.bounded for seen in it.lattice) and _part(it.lattice, "top", "tiles") < limits["top"]:
             yield it.name, f"scales were laid over blocks of {block}, but codes are of larger ones."
 
 
@@ -93,7 +97,7 @@ def _wrong_scale(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
         if not it.lattice:
             continue
-        jump = _mean(one.jump for one in it.lattice)
+        jump = sum(one.jump for one in it.lattice) / len(it.lattice)
         if jump > limits["jump"]:
             yield it.name, f"codes and scales do not belong together: sizes jump across blocks by a factor {jump:.3g}."
         elif abs(it.row["mean"]) > limits["mean"] or it.row["std"] > limits["std"]:
@@ -102,23 +106,25 @@ def _wrong_scale(subjects: Sequence[Subject], limits: Limits) -> Found:
 
 def _exploded(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
-        if it.healthy_kind and (abs(it.row["mean"]) > limits["mean"] or it.row["std"] > limits["std"]):
+        if it.is_projection and (abs(it.row["mean"]) > limits["mean"] or it.row["std"] > limits["std"]):
             yield it.name, f"mean {it.row['mean']:.4g}, std {_std(it)}."
 
 
 def _giant(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
-        if it.healthy_kind:
-            usual = max(abs(it.row["0.1%"]), abs(it.row["99.9%"]))
-            if usual and it.row["absmax"] > max(limits["ratio"] * usual, limits["absmax"]):
-                yield it.name, f"one element is {it.row['absmax']:.4g}; 99.9% are within {usual:.4g}."
+        reach, low, high = (it.row[key] for key in ("absmax", "0.1%", "99.9%"))
+        usual = max(abs(low), abs(high)) if low is not None else 0
+        if (reach or 0) > limits["any"]:
+            yield it.name, f"one element is {reach:.4g}; no weight of a trained model is that large."
+        elif it.is_projection and usual and reach > max(limits["ratio"] * usual, limits["absmax"]):
+            yield it.name, f"one element is {reach:.4g}; 99.9% are within {usual:.4g}."
 
 
 def _departing(subjects: Sequence[Subject], limits: Limits) -> Found:
     reach = int(limits["neighbours"])
-    for role, at in _stds_by_role(subjects).items():
+    for at in _layers_by_kind(subjects).values():
         logs = [math.log(std) for _, std in at]
-        if len(logs) < limits["layers"]:
+        if len(logs) < max(2, limits["layers"]):
             continue
         offs = []
         for place, log in enumerate(logs):
@@ -127,31 +133,34 @@ def _departing(subjects: Sequence[Subject], limits: Limits) -> Found:
         spread = max(median(map(abs, offs)) / 0.6745, 0.02)
         for (name, std), off in zip(at, offs, strict=True):
             if abs(off) > math.log(limits["factor"]) and abs(off) / spread > limits["z"]:
-                beside = f"{math.exp(off):.3g} times that of {role} in the layers beside it"
+                beside = f"{math.exp(off):.3g} times what it is in the layers beside it"
                 yield name, f"std {std:.4g} is {beside} (robust z {off / spread:.3g})."
 
 
 def _biased(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
-        if it.healthy_kind and abs(it.row["mean"]) > max(limits["mean"], limits["stds"] * it.row["std"]):
+        if it.is_projection and abs(it.row["mean"]) > max(limits["mean"], limits["stds"] * it.row["std"]):
             yield it.name, f"mean {it.row['mean']:.4g} beside a std of {_std(it)}."
 
 
 def _dead_channels(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
-        for side, count in (("rows", it.row["shape"][-2]), ("columns", it.row["shape"][-1])) if it.matrix else ():
+        if not it.is_projection or it.role.group == "head":
+            continue
+        # Stacked experts are counted as the rows of all of them.
+        for side, count in (("rows", math.prod(it.row["shape"][:-1])), ("columns", it.row["shape"][-1])):
             dead = it.row[f"dead {side}"] or 0
-            if it.healthy_kind and it.group not in ("embedding", "head") and limits["share"] * count < dead < count:
+            if limits["share"] * count < dead < count:
                 yield it.name, f"{dead:,} of {count:,} {side} are all zero."
 
 
 def _untrained(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
-        if it.healthy_kind and it.group == "embedding":
+        if it.role.group == "embedding" and it.role.part == "token" and it.row["std"] is not None:
             faults = {
                 "all zero": it.row["dead rows"],
                 "far smaller than the others": it.row["faint rows"],
-                "copies of each other": it.row["equal rows"],
+                "copies of each other, as far as their first 64 bytes tell": it.row["equal rows"],
             }
             for fault, count in faults.items():
                 if (count or 0) > limits["rows"]:
@@ -160,7 +169,7 @@ def _untrained(subjects: Sequence[Subject], limits: Limits) -> Found:
 
 def _unusual_size(subjects: Sequence[Subject], limits: Limits) -> Found:
     for it in subjects:
-        if it.healthy_kind and it.group not in ("embedding", "other", "router"):
+        if it.is_projection:
             std, reach = it.row["std"], it.row["absmax"]
             if not limits["least"] <= std <= limits["most"] or reach > limits["absmax"]:
                 yield it.name, f"std {_std(it)}, absmax {reach:.4g}."
@@ -172,15 +181,16 @@ RULES = (
     Rule("all-zero", True, {}, "A weight that was never filled, or was lost on the way.", _all_zero),
     Rule("raw-fp8-codes", True, {"absmax": 256}, "FP8 codes were taken for numbers: std near 100, up to 448.",
          _raw_codes),
-    Rule("fp8-per-tensor-scale", True, {"beyond": 448, "equal": 0.9},
+    Rule("fp8-per-tensor-scale", True, {"beyond": 448, "equal": 0.9, "parts": 12},
          "A block format was decoded with one scale for the tensor, or by dividing.", _one_scale),
-    Rule("fp8-wrong-block", True, {"equal": 0.9, "top": 0.7},
+    Rule("fp8-wrong-block", True, {"equal": 0.9, "parts": 12, "top": 0.7},
          "A block format was decoded with blocks of another size.", _wrong_block),
     Rule("fp8-wrong-scale", True, {"jump": 4, "mean": 0.01, "std": 10},
          "A block format was decoded with scales of other blocks: the weights are biased.", _wrong_scale),
     Rule("exploded", True, {"mean": 1, "std": 10}, "Matrices of trained models have a mean near 0, a std below 1.",
          _exploded),
-    Rule("giant", True, {"ratio": 300, "absmax": 1}, "A flipped bit of an exponent, or a broken write.", _giant),
+    Rule("giant", True, {"ratio": 300, "absmax": 1, "any": 10000},
+         "A flipped bit of an exponent, or a broken write.", _giant),
     Rule("departing-std", True, {"factor": 2.5, "z": 4, "neighbours": 3, "layers": 5},
          "Neighbouring layers of a trained model have weights of like size.", _departing),
     Rule("dead-channels", True, {"share": 0.01}, "Rows or columns were lost, or never written.", _dead_channels),
@@ -217,8 +227,10 @@ def with_limits(overrides: Mapping[str, Any]) -> list[Rule]:
         for key, value in given.items():
             if key not in rule.limits:
                 problems.append(f"thresholds: {name} has no limit {key!r}; it has {', '.join(rule.limits) or 'none'}.")
-            elif isinstance(value, bool) or not isinstance(value, int | float):
-                problems.append(f"thresholds: {name}: {key} is {value!r}, not a number.")
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                problems.append(f"thresholds: {name}: {key} is {value!r}, not a number from 0.")
+            elif key in ("neighbours", "factor") and value < 1:
+                problems.append(f"thresholds: {name}: {key} is {value!r}; it is at least 1.")
         kept.append(rule._replace(limits={**rule.limits, **given}))
     raise_all(UsageError, problems)
     return kept
@@ -240,20 +252,32 @@ def _std(subject: Subject) -> str:
     return f"{subject.row['std']:.4g}"
 
 
-def _mean(values: Iterator[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
+def _part(lattice: Sequence[Any], some: str, every: str) -> float:
+    return float(sum(getattr(one, some) for one in lattice) / sum(getattr(one, every) for one in lattice))
 
 
 def _shares(lattice: Sequence[Any], limits: Limits) -> bool:
-    """Tell whether parts of the tiles with one scale all reach the same magnitude, as blocks of codes do."""
-    return bool(lattice) and _mean(one.equal for one in lattice) >= limits["equal"]
+    """Tell whether parts of the tiles with one scale all reach the same magnitude, as blocks of codes do.
+
+    Few parts may do so by chance.
+    """
+    enough = sum(one.halves for one in lattice) >= limits["parts"]
+    return enough and _part(lattice, "equal", "halves") >= limits["equal"]
 
 
-def _stds_by_role(subjects: Sequence[Subject]) -> Mapping[str, list[tuple[str, float]]]:
-    """Return the std of each role's tensors in the order of their layers."""
-    found: dict[str, list[tuple[int, str, float]]] = defaultdict(list)
+def _layers_by_kind(subjects: Sequence[Subject]) -> Mapping[str, list[tuple[str, float]]]:
+    """Return the median std of each kind of matrix in each layer, in their order, with the name of the middle one.
+
+    Tensors are of one kind whose names differ in numbers only, as those of layers and experts do; the layers of
+    multi-token prediction are left out.
+    """
+    found: dict[str, dict[int, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
     for it in subjects:
-        if it.healthy_kind and it.row["std"] and it.row["layer"] is not None:
-            found[it.row["role"]].append((it.row["layer"], it.name, it.row["std"]))
-    return {role: [(name, std) for _, name, std in sorted(at)] for role, at in found.items()}
+        weight = it.role.kind == "weight" and len(it.row["shape"]) > 1 and it.role.part != "mtp"
+        if weight and it.row["std"] and it.row["layer"] is not None:
+            found[re.sub(r"\d+", "N", it.name)][it.row["layer"]].append((it.row["std"], it.name))
+    made: dict[str, list[tuple[str, float]]] = {}
+    for kind, layers in found.items():
+        middles = [sorted(layers[layer])[len(layers[layer]) // 2] for layer in sorted(layers)]
+        made[kind] = [(name, std) for std, name in middles]
+    return made

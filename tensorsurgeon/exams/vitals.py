@@ -46,10 +46,12 @@ class Vitals(NamedTuple):
     fingerprint: str
 
 
-def look_at(tensor: LazyTensor, reader: Reader, share: float = 1.0, table: bool = False) -> Vitals:
+def look_at(
+    tensor: LazyTensor, reader: Reader, share: float = 1.0, table: bool = False, points: int = POINTS
+) -> Vitals:
     """Read a tensor of numbers once, or a share of it, and return what was found.
 
-    `table` tells that its rows belong to tokens: equal ones are counted.
+    `table` tells that its rows belong to tokens: equal ones are counted. Rows and columns are shown in `points` groups.
     """
     tensor = flattened(tensor)
     columns = prod(tensor.shape[1:])
@@ -78,7 +80,7 @@ def look_at(tensor: LazyTensor, reader: Reader, share: float = 1.0, table: bool 
     for side, magnitudes in sides.items():
         row |= _channels(side, None if magnitudes is None else values[magnitudes])
         if magnitudes is not None:
-            detail[f"{side}s"] = _grouped(values[magnitudes])
+            detail[f"{side}s"] = _grouped(values[magnitudes], points)
     row["equal rows"] = _equal(heads, census) if table and share == 1 else None
     digest = hashlib.blake2b(digest_size=16)
     for part in (np.flatnonzero(counts), counts[counts > 0], census.rows, census.columns):
@@ -138,8 +140,8 @@ def _channels(side: str, largest: Array | None) -> dict[str, Any]:
     }
 
 
-def _grouped(largest: Array) -> dict[str, Any]:
-    group = max(1, -(-len(largest) // POINTS))
+def _grouped(largest: Array, points: int) -> dict[str, Any]:
+    group = max(1, -(-len(largest) // points))
     tops = np.maximum.reduceat(largest, range(0, len(largest), group))
     return {"largest": [float(top) if np.isfinite(top) else None for top in tops], "group": group}
 

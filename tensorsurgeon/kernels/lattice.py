@@ -2,7 +2,7 @@
 
 A code is `(8 + m) 2^e` with m from 0 to 7, so codes times one scale have no more than eight significands, whatever
 dtype they are rounded to: trained weights have all 128 of BF16. A quantiser that makes `s = absmax / 448` of each block
-lets every block reach the largest code, `448 s`, and where weights are smooth, products with the right scales are so
+lets every block reach the same code, `448 s`, and where weights are smooth, products with the right scales are so
 across the edges of blocks. A dequantiser that got block or scale wrong breaks one of the three.
 
 Source: arXiv:2209.05433 for E4M3.
@@ -10,6 +10,7 @@ Source: arXiv:2209.05433 for E4M3.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,11 +20,12 @@ import numpy.typing as npt
 SIDE, WIDTH = 256, 512
 """Rows and columns of a probe."""
 BLOCKS = (256, 128, 64, 32)
+FEW = 6
+"""Numbers of a block that share its largest magnitude, at most, unless they were clipped: a block has one or two."""
 CORNER = 32
 """Side of the part of a probe that is looked at first."""
 SIGNIFICANDS = 8
 """Significands of E4M3, those of subnormal codes among them."""
-TOP = 448.0
 OCTAVES = 2.0**6
 """How far below the largest magnitude of a tile numbers still have all their bits, in float16 too."""
 
@@ -40,8 +42,11 @@ class Lattice(NamedTuple):
     Attributes:
         block: Side of the largest tiles with one scale each, of 32, 64, 128 and 256.
         bounded: Whether larger tiles were looked at, and have several scales.
-        top: Share of those tiles whose largest magnitude is that of code 448.
-        equal: Share of tiles of half the side that reach the same magnitude as the tile that they are part of.
+        top: How many of those tiles have a largest magnitude of the same code, by its significand, such as 448.
+        tiles: Number of those tiles.
+        equal: How many tiles of half the side reach the same magnitude as the tile that they are part of, and hardly
+            any number of theirs does: blocks of codes that had scales of their own.
+        halves: Number of tiles of half the side.
         jump: How much more neighbouring strips differ in size across edges of tiles than inside of them, as a ratio of
             mean squares of logarithms; the lesser of both directions.
         least, largest: The least and the greatest of the tiles' largest magnitudes.
@@ -50,8 +55,10 @@ class Lattice(NamedTuple):
 
     block: int
     bounded: bool
-    top: float
-    equal: float
+    top: int
+    tiles: int
+    equal: int
+    halves: int
     jump: float
     least: float
     largest: float
@@ -82,14 +89,18 @@ def find_lattice(numbers: Numbers) -> Lattice | None:
     else:
         return None
     largest = [float(sizes[tile].max()) for tile in tiles]
-    tops = [_reaches_top(it, top) for it, top in zip(held, largest, strict=True)]
+    codes = Counter(_top_code(it, top) for it, top in zip(held, largest, strict=True))
     halves = list(_tiles((side, side), side // 2))
-    equal = [sizes[tile][half].max() == top for tile, top in zip(tiles, largest, strict=True) for half in halves]
+    reached = [
+        int((sizes[tile][half] == top).sum()) for tile, top in zip(tiles, largest, strict=True) for half in halves
+    ]
     return Lattice(
         side,
         side < fitting[0],
-        sum(tops) / len(tops),
-        sum(map(bool, equal)) / len(equal),
+        codes.most_common(1)[0][1],
+        len(tiles),
+        sum(0 < count <= FEW for count in reached),
+        len(reached),
         min(_jump(sizes, min(side, 128)), _jump(sizes.T, min(side, 128))),
         min(largest),
         max(largest),
@@ -115,13 +126,15 @@ def _significands(sizes: Numbers, marks: npt.NDArray[np.int16]) -> Numbers:
     return 1 + np.flatnonzero(seen) / MARKS
 
 
-def _reaches_top(significands: Numbers, largest: float) -> bool:
-    """Tell whether the significands are those of codes whose largest is 448."""
-    if not largest:
-        return True
-    codes = np.frexp(significands * (TOP / largest))[0] * 2 * SIGNIFICANDS
-    # Rounding to BF16 moves significands by less than a hundredth of them; neighbouring codes are a fifteenth apart.
-    return bool((np.abs(codes - np.round(codes)) <= 0.01 * codes).all())
+def _top_code(significands: Numbers, largest: float) -> int:
+    """Return the significand, from 8 to 15, of the largest magnitude's code; 0 where several would fit, or none."""
+    fitting = []
+    for code in range(SIGNIFICANDS, 2 * SIGNIFICANDS) if largest else ():
+        codes = np.frexp(significands * (code / largest))[0] * 2 * SIGNIFICANDS
+        # Rounding to BF16 moves significands by less than a hundredth of them; neighbours are a fifteenth apart.
+        if (np.abs(codes - np.round(codes)) <= 0.01 * codes).all():
+            fitting.append(code)
+    return fitting[0] if len(fitting) == 1 else 0
 
 
 def _jump(sizes: Numbers, side: int) -> float:
