@@ -81,9 +81,9 @@ class Part(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Attention heads: `count` equal stretches of some outputs, of all of them, or of the inputs."""
+    """Attention heads: `number` equal stretches of some outputs, of all of them, or of the inputs."""
 
-    count: int
+    number: int
     slots: Slots | None = None
     inputs: bool = False
 

@@ -104,9 +104,8 @@ def find_members(ckpt: Checkpoint, groups: Sequence[str], layers: LayerSequence 
         if not meant:
             known = list(dict.fromkeys(word for it in words.values() for word in it))
             there = sorted(known, key=list(GROUPS).index)
-            problems.append(
-                f"group: {group!r} matches nothing here.{nearest(group, there)} There are: {_listed(there)}."
-            )
+            listed = ", ".join(there) or "no groups at all, only names"
+            problems.append(f"group: {group!r} matches nothing here.{nearest(group, there)} There are: {listed}.")
     raise_all(UsageError, problems or ([] if groups else ["group: none is given."]))
     return {name: it for name, it in found.items() if it}
 

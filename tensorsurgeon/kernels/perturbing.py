@@ -140,8 +140,8 @@ def without_units(
     for it in heads:
         mask = gone[it.inputs]
         places = np.flatnonzero(slots_mask((it.slots,), len(mask))) if it.slots else np.arange(len(mask))
-        drawn_heads = draws_plainly(key_of(seed, *words, str(it.count)), 0, it.count) < limit
-        mask[places] = np.repeat(drawn_heads, len(places) // it.count)
+        drawn_heads = draws_plainly(key_of(seed, *words, str(it.number)), 0, it.number) < limit
+        mask[places] = np.repeat(drawn_heads, len(places) // it.number)
     made = _zeroed(start, block, dtype, part, lambda _: (gone[False], False))
     return _zeroed(start, made, dtype, part, lambda _: (gone[True], True)) if gone[True].any() else made
 

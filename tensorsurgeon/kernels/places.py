@@ -17,7 +17,7 @@ def add_noise(
     source: Array, taken: int, target: Array, given: int, begins: Array, ends: Array, place: int, key: Any,
     table: Array, scale: Any, add: bool,
 ) -> int:  # fmt: skip
-    """Put `w + scale n`, or else `w (1 + scale n)`, in the place of each element; return how many are lost to infinity."""
+    """Make each element `w + scale n`, or else `w (1 + scale n)`; return how many are lost to infinity."""
     draws, noise = np.empty(CHUNK + 2, np.uint32), np.empty(CHUNK + 2, np.float32)
     numbers = np.empty(CHUNK, np.float32)
     bits = numbers.view(np.uint32)
@@ -45,7 +45,7 @@ def to_grid(
     source: Array, taken: int, target: Array, given: int, begins: Array, ends: Array, rows: Array, columns: Array,
     least: Array, steps: Array, by: int,
 ) -> int:  # fmt: skip
-    """Round each element to its grid: the only one, that of its row (`by` 1) or of its column (2); return how many are lost."""
+    """Round each element to its grid: the only one, or that of its row (`by` 1) or column (2); count those lost."""
     numbers = np.empty(CHUNK, np.float32)
     bits = numbers.view(np.uint32)
     gone = 0

@@ -56,7 +56,10 @@ def mask_of(part: Part) -> Mask:
 def slots_mask(slots: tuple[Slots, ...], outputs: int) -> Mask:
     """Return which of some outputs lie in any of the slots."""
     places = np.arange(outputs)
-    return np.logical_or.reduce([(places % it.unit >= it.start) & (places % it.unit < it.stop) for it in slots])
+    inside = np.zeros(outputs, np.bool_)
+    for unit, start, stop in slots:
+        inside |= (places % unit >= start) & (places % unit < stop)
+    return inside
 
 
 def first_row(start: int, block: Block, part: Part) -> int:
@@ -135,5 +138,6 @@ def lost(source: Any, taken: Any, target: Any, given: Any, begin: Any, count: An
         if (u & np.uint32(0x7FFFFFFF)) > np.uint32(INFINITY) and given:
             target[begin + i] = (u >> np.uint32(16)) | np.uint32(0x40)
         is_now = (np.uint32(target[begin + i]) << np.uint32(given)) & np.uint32(0x7FFFFFFF)
-        gone += was < np.uint32(INFINITY) and is_now >= np.uint32(INFINITY)
+        if was < np.uint32(INFINITY) and is_now >= np.uint32(INFINITY):
+            gone += 1
     return gone
