@@ -149,13 +149,18 @@ def _unit(role: Role, parts: Sequence[str], outputs: int, config: Mapping[str, A
         return _evenly(outputs // heads if heads and outputs % heads == 0 else 0, len(parts))
     if parts[-2:] != ("k", "v") or "q" not in parts:
         return _evenly(outputs, len(parts))
-    keys = 1 if _single_key(role, config) else key_heads(config)
-    whole = heads * (len(parts) - 2) + 2 * keys
-    size = outputs // whole if whole and outputs % whole == 0 else 0
+    several = len(parts) - 2
+    for keys in _key_counts(role, config):
+        whole = heads * several + 2 * keys
+        size = outputs // whole if whole and outputs % whole == 0 else 0
+        if size in head_sizes(config):
+            break
+    else:
+        return 0, [0]
     if role.fused == "per group":
         group = heads // keys if keys else 0
         return size * (group + 2), [size * group, size, size]
-    return outputs, [*[size * heads] * (len(parts) - 2), size * keys, size * keys]
+    return outputs, [*[size * heads] * several, size * keys, size * keys]
 
 
 def _evenly(unit: int, count: int) -> tuple[int, list[int]]:
@@ -171,17 +176,29 @@ def _single_key(role: Role, config: Mapping[str, Any]) -> bool:
     return falcon and not config.get("new_decoder_architecture") and config.get("multi_query", True) is True
 
 
-def key_heads(config: Mapping[str, Any]) -> int:
-    """Return how many heads keys and values have: as many as queries, where the config does not say."""
+def _key_counts(role: Role, config: Mapping[str, Any]) -> list[int]:
+    """Return how many heads keys and values may have, the likeliest first; the right one gives heads of a known size.
+
+    As many as queries come last: configs may state a count that their model does not read.
+    """
+    if _single_key(role, config):
+        return [1]
+    heads = _first(config, HEADS) or 0
+    own = config.get("model_type") == "chatglm" and not config.get("multi_query_attention")
+    older = config.get("model_type") == "falcon" and not config.get("new_decoder_architecture")
+    if own or older or role.fused == "per head":
+        return [heads]
     nested = config.get("attn_config")
-    if isinstance(nested, dict) and isinstance(nested.get("kv_n_heads"), int):
-        return int(nested["kv_n_heads"])
-    kind = str(config.get("model_type"))
-    if (kind == "falcon" and not config.get("new_decoder_architecture")) or (
-        kind == "chatglm" and not config.get("multi_query_attention")
-    ):
-        return _first(config, HEADS) or 0
-    return _first(config, KEY_HEADS) or _first(config, HEADS) or 0
+    stated = [nested.get("kv_n_heads")] if isinstance(nested, dict) else []
+    stated += [config.get(key) for key in KEY_HEADS]
+    return [*(count for count in stated if isinstance(count, int) and count > 0), heads]
+
+
+def head_sizes(config: Mapping[str, Any]) -> set[int]:
+    """Return what sizes an attention head may have, as the config states them or as its sizes imply."""
+    stated = {config[key] for key in HEAD_SIZES if isinstance(config.get(key), int)}
+    hidden, heads = _first(config, ("hidden_size", "n_embd", "d_model", "dim")), _first(config, HEADS)
+    return stated or ({hidden // heads} if hidden and heads else set())
 
 
 def heads_of(role: Role, grid: Grid, wanted: frozenset[str], config: Mapping[str, Any]) -> Iterator[Heads]:
@@ -202,16 +219,11 @@ def heads_of(role: Role, grid: Grid, wanted: frozenset[str], config: Mapping[str
 
 def _count(role: Role, kind: str, length: int, config: Mapping[str, Any]) -> int:
     """Return how many heads a part has: what the config says, if that gives heads of a size that it knows."""
-    heads = _first(config, HEADS) or 0
-    counts = [heads]
-    if kind in "kv" and role.part != "kv_b":
-        counts = [1] if _single_key(role, config) else [key_heads(config), _first(config, KEY_HEADS[-1:]) or 0]
-    sizes = {config[key] for key in (*HEAD_SIZES, "v_head_dim", "qk_nope_head_dim") if isinstance(config.get(key), int)}
-    if isinstance(rope := config.get("qk_rope_head_dim"), int):
-        sizes |= {size + rope for size in sizes}
-    hidden = _first(config, ("hidden_size", "n_embd", "d_model", "dim"))
-    if hidden and heads and not any(isinstance(config.get(key), int) for key in HEAD_SIZES):
-        sizes.add(hidden // heads)
+    keys = kind in "kv" and role.part != "kv_b"
+    counts = _key_counts(role, config) if keys else [_first(config, HEADS) or 0]
+    latent = [config.get(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+    key, rope, value = (it if isinstance(it, int) else 0 for it in latent)
+    sizes = {*head_sizes(config), key + rope, key, value} - {0}
     fitting = [count for count in counts if count and length % count == 0 and length // count in sizes]
     if not fitting:
         raise RefusedError(f"its heads cannot be told apart: the config says of no heads that make up {length}.")

@@ -168,8 +168,9 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
     }
     assert {module for module, used in users.items() if used} == {
         "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/perturbation",
-        "ops/principal", "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/alignment", "exams/cancellation",
-        "exams/changes", "exams/health", "exams/integrity", "exams/lines", "exams/residuals", "exams/vitals",
+        "ops/principal", "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/alignment",
+        "exams/cancellation", "exams/changes", "exams/health", "exams/integrity", "exams/lines",
+        "exams/residuals", "exams/vitals",
     }  # fmt: skip
 
 

@@ -93,8 +93,8 @@ def _runs(mask: Mask, part: Part, row: int, count: int) -> Runs:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
     lines = np.arange(count)[:, None]
     begins, ends = (lines * width + edges[side::2] for side in (0, 1))
-    rows, columns = np.broadcast_arrays(row + lines, edges[None, ::2])
-    return Runs(begins.reshape(-1), ends.reshape(-1), rows.reshape(-1), columns.reshape(-1))
+    each = len(edges) // 2
+    return Runs(begins.reshape(-1), ends.reshape(-1), np.repeat(row + lines, each), np.tile(edges[::2], count))
 
 
 def as_bits(block: Block) -> tuple[Array, int]:

@@ -366,7 +366,7 @@ def measure_perturb(setup: Setup) -> list[Figure]:
 
         def theirs() -> Run:
             prepare(dest, source, size)
-            return run(helper("perturb", source, dest))
+            return run(helper("noise", source, dest))
 
         floor = run([sys.executable, "-c", IMPORTS["perturb"]])
         mine, other = alternate(setup.runs, ours, theirs)
@@ -668,7 +668,7 @@ def perturb_in_torch(source: Path, dest: Path) -> None:
 
 
 HELPERS = {
-    "perturb": perturb_in_torch,
+    "noise": perturb_in_torch,
     "reference": decode_in_torch,
     "phases": dequantize_in_turn,
     "statistics": statistics_in_torch,
