@@ -46,9 +46,9 @@ class Chosen(NamedTuple):
 def words_of(role: Role, dimensions: int) -> list[str]:
     """Return the groups that a tensor is in, wholly or with a part: weights, which but for norms are matrices."""
     matrix = dimensions > 1 or role.kind == "companion"
-    if role.kind == "bias" or matrix == (role.group == "norm"):
+    if role.kind == "bias" or role.part == "cache" or matrix == (role.group == "norm"):
         return []
-    own = {role.part, *parts_of(role)}
+    own = frozenset(parts_of(role))
     return [
         word
         for word, (group, parts) in GROUPS.items()
@@ -124,6 +124,6 @@ def _choose(
 
 def _parts(role: Role, words: Sequence[str]) -> Iterator[str]:
     """Yield the parts of a tensor that some words mean."""
+    own = frozenset(parts_of(role))
     for word in words:
-        parts = GROUPS[word][1] if word else frozenset()
-        yield from parts & {*parts_of(role)} if parts and role.part not in parts else parts_of(role)
+        yield from (GROUPS[word][1] if word else own) & own or own

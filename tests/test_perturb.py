@@ -348,21 +348,22 @@ def test_queries_keys_and_values_are_those_of_the_model(name: str, zoo: Callable
 
 
 GATES: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "phi3": ("mlp", "gate_up_proj", lambda w: w[:48]),
-    "glm": ("mlp", "gate_up_proj", lambda w: w[:48]),
-    "modernbert": ("mlp", "Wi", lambda w: w[:48]),
-    "gpt_oss": ("experts", "gate_up_proj", lambda w: w[..., ::2]),
-    "granitemoe": ("experts", "input_linear", lambda w: w[:, :48]),
-    "llama": ("mlp", "gate_proj", lambda w: w),
-    "mixtral": ("experts", "w1", lambda w: w),
-    "qwen3_moe": ("experts", "gate_proj", lambda w: w),
+    "phi3": ("mlp-gate", "gate_up_proj", lambda w: w[:48]),
+    "glm": ("mlp-gate", "gate_up_proj", lambda w: w[:48]),
+    "modernbert": ("mlp-gate", "Wi", lambda w: w[:48]),
+    "gpt_oss": ("experts-gate", "gate_up_proj", lambda w: w[..., ::2]),
+    "granitemoe": ("experts-gate", "input_linear", lambda w: w[:, :48]),
+    "llama": ("mlp-gate", "gate_proj", lambda w: w),
+    "qwen3_next": ("attention-q", "self_attn.q_proj", lambda w: w.view(4, 16, 32)[:, :8]),
+    "mixtral": ("experts-gate", "w1", lambda w: w),
+    "qwen3_moe": ("experts-gate", "gate_proj", lambda w: w),
 }
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_gates_are_those_of_the_model(name: str, zoo: Callable[[str], Path], tmp_path: Path) -> None:
+def test_parts_are_those_that_the_model_takes(name: str, zoo: Callable[[str], Path], tmp_path: Path) -> None:
     group, module, gates = GATES[name]
-    before, after = make.read(zoo(name)), perturbed(zoo(name), tmp_path / "dest", "zero", f"{group}-gate")
+    before, after = make.read(zoo(name)), perturbed(zoo(name), tmp_path / "dest", "zero", group)
     wanted = {it: tensor.clone() for it, tensor in before.items()}
     for it, tensor in wanted.items():
         if it.removesuffix(".weight").endswith(module):
@@ -475,7 +476,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_tied_head_changes_with_the_embedding_and_that_is_said(tied: Path) -> None:
     changed = ts.ops.perturb(ts.open(tied), "zero", "embedding")
     assert "the head is tied to model.embed_tokens.weight and changes with it; --untie" in changed.warnings[-1]
-    with pytest.raises(RefusedError, match="--untie writes the head by itself"):
+    with pytest.raises(RefusedError, match="--untie writes it by itself"):
         ts.ops.perturb(ts.open(tied), "zero", "head")
 
 
@@ -499,6 +500,9 @@ def test_a_head_that_is_tied_but_written_follows(tmp_path: Path) -> None:
     source = make.save(tmp_path / "source", tensors, make.config(1, tie_word_embeddings=True))
     after = perturbed(source, tmp_path / "dest", "mult-gauss", "embedding", level=0.5)
     assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    for group in ("head", "lm_head.*"):
+        with pytest.raises(RefusedError, match="--untie writes it by itself"):
+            ts.ops.perturb(ts.open(source), "zero", group)
     apart = perturbed(source, tmp_path / "apart", "mult-gauss", "embedding", level=0.5, untie=True)
     assert torch.equal(apart["lm_head.weight"], tensors["lm_head.weight"])
     assert torch.equal(apart["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
@@ -621,4 +625,6 @@ def test_the_receipt_and_the_plan_tell_what_was_changed(
     assert "mlp down" in capsys.readouterr().out
     assert main([*command, "--quiet"]) == 0
     (receipt,) = [json.loads(it.read_text()) for it in (tmp_path / "dest").glob("*surgeon*.json")]
-    assert receipt["report"]["perturbed"][0] == {"role": "mlp gate", "tensors": 3, "elements": 3 * 320 * 192}
+    assert receipt["report"]["perturbed"][0] == {
+        "method": "ablate", "level": 0.5, "role": "mlp gate", "tensors": 3, "elements": 3 * 320 * 192,
+    }  # fmt: skip

@@ -70,7 +70,7 @@ def _computed(
         RefusedError: where a finite number becomes infinite.
     """
     flat = as_array(block).reshape(-1)
-    made = _copied(block, dtype)
+    made = _copied(block, dtype) if part.slots else np.empty(flat.shape, STORAGE[dtype])
     for slab in slabs(start, block, part):
         place = slice(slab.begin, slab.end)
         source, taken = as_bits(Block(block.dtype, (slab.end - slab.begin,), flat[place].data.cast("B")))

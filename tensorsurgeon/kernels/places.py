@@ -18,7 +18,7 @@ def add_noise(
     table: Array, scale: Any, add: bool,
 ) -> int:  # fmt: skip
     """Make each element `w + scale n`, or else `w (1 + scale n)`; return how many are lost to infinity."""
-    draws, noise = np.empty(CHUNK + 2, np.uint32), np.empty(CHUNK + 2, np.float32)
+    draws, normals = np.empty(CHUNK + 2, np.uint32), np.empty(CHUNK + 2, np.float32)
     numbers = np.empty(CHUNK, np.float32)
     bits = numbers.view(np.uint32)
     gone = 0
@@ -27,16 +27,18 @@ def add_noise(
             count = min(CHUNK, ends[run] - begin)
             odd = (place + begin) % 2
             fill_draws(key, place + begin - odd, count + odd, draws)
-            as_normals(draws, count + odd, noise, table)
-            load(source, taken, begin, count, bits)
+            as_normals(draws, count + odd, normals, table)
+            noise = normals[odd:]
+            before, after = source[begin : begin + count], target[begin : begin + count]
+            load(before, taken, bits)
             if add:
                 for i in range(count):
-                    numbers[i] = numbers[i] + scale * noise[odd + i]
+                    numbers[i] = numbers[i] + scale * noise[i]
             else:
                 for i in range(count):
-                    numbers[i] = numbers[i] * (np.float32(1) + scale * noise[odd + i])
-            if store(bits, count, given, target, begin):
-                gone += lost(source, taken, target, given, begin, count, bits)
+                    numbers[i] = numbers[i] * (np.float32(1) + scale * noise[i])
+            if store(bits, given, after):
+                gone += lost(before, taken, after, given, bits)
     return gone
 
 
@@ -52,15 +54,16 @@ def to_grid(
     for run in range(begins.size):
         for begin in range(begins[run], ends[run], CHUNK):
             count = min(CHUNK, ends[run] - begin)
-            load(source, taken, begin, count, bits)
+            before, after = source[begin : begin + count], target[begin : begin + count]
+            load(before, taken, bits)
             at = rows[run] if by == 1 else columns[run] + begin - begins[run] if by == 2 else 0
             along = 1 if by == 2 else 0
             for i in range(count):
                 low, step = least[at + along * i], steps[at + along * i]
                 if step > np.float32(0):
                     numbers[i] = np.rint((numbers[i] - low) / step) * step + low
-            if store(bits, count, given, target, begin):
-                gone += lost(source, taken, target, given, begin, count, bits)
+            if store(bits, given, after):
+                gone += lost(before, taken, after, given, bits)
     return gone
 
 
@@ -73,9 +76,9 @@ def thin(target: Array, begins: Array, ends: Array, place: int, key: Any, limit:
             count = min(CHUNK, ends[run] - begin)
             odd = (place + begin) % 2
             fill_draws(key, place + begin - odd, count + odd, draws)
+            drawn, after = draws[odd:], target[begin : begin + count]
             for i in range(count):
-                if np.uint64(draws[odd + i]) < limit:
-                    target[begin + i] = 0
+                after[i] = 0 if np.uint64(drawn[i]) < limit else after[i]
 
 
 @compiled

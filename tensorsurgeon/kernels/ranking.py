@@ -150,7 +150,7 @@ def _moments(source: Array, taken: int, begins: Array, ends: Array) -> tuple[int
         for run in range(begins.size):
             for begin in range(begins[run], ends[run], CHUNK):
                 size = min(CHUNK, ends[run] - begin)
-                load(source, taken, begin, size, bits)
+                load(source[begin : begin + size], taken, bits)
                 if turn == 0:
                     count += size
                 for i in range(0, size - size % LANES, LANES):
@@ -176,7 +176,7 @@ def _extend(
     for run in range(begins.size):
         for begin in range(begins[run], ends[run], CHUNK):
             count = min(CHUNK, ends[run] - begin)
-            load(source, taken, begin, count, bits)
+            load(source[begin : begin + count], taken, bits)
             for i in range(count):
                 if (bits[i] & np.uint32(0x7FFFFFFF)) >= np.uint32(INFINITY):
                     return False

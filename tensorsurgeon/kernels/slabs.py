@@ -106,38 +106,38 @@ def as_bits(block: Block) -> tuple[Array, int]:
 
 
 @inlined
-def load(source: Any, shift: Any, begin: Any, count: Any, bits: Any) -> None:
+def load(source: Any, shift: Any, bits: Any) -> None:
     """Put float32 bits of some elements into a vector."""
-    for i in range(count):
-        bits[i] = np.uint32(source[begin + i]) << np.uint32(shift)
+    for i in range(source.size):
+        bits[i] = np.uint32(source[i]) << np.uint32(shift)
 
 
 @inlined
-def store(bits: Any, count: Any, shift: Any, target: Any, begin: Any) -> bool:
+def store(bits: Any, shift: Any, target: Any) -> bool:
     """Write float32 bits, rounded to BF16 where `shift` is 16; tell whether any is not finite then."""
     largest = np.uint32(0)
     if shift:
-        for i in range(count):
+        for i in range(target.size):
             u = bits[i]
             largest = max(largest, u & np.uint32(0x7FFFFFFF))
-            target[begin + i] = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            target[i] = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     else:
-        for i in range(count):
+        for i in range(target.size):
             largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
-            target[begin + i] = bits[i]
+            target[i] = bits[i]
     return bool(largest >= np.uint32(ROUNDED_UP if shift else INFINITY))
 
 
 @inlined
-def lost(source: Any, taken: Any, target: Any, given: Any, begin: Any, count: Any, bits: Any) -> int:
+def lost(source: Any, taken: Any, target: Any, given: Any, bits: Any) -> int:
     """Return how many finite elements have become something else; NaN is written anew, as rounding bits spoils it."""
     gone = 0
-    for i in range(count):
-        was = (np.uint32(source[begin + i]) << np.uint32(taken)) & np.uint32(0x7FFFFFFF)
+    for i in range(source.size):
+        was = (np.uint32(source[i]) << np.uint32(taken)) & np.uint32(0x7FFFFFFF)
         u = bits[i]
         if (u & np.uint32(0x7FFFFFFF)) > np.uint32(INFINITY) and given:
-            target[begin + i] = (u >> np.uint32(16)) | np.uint32(0x40)
-        is_now = (np.uint32(target[begin + i]) << np.uint32(given)) & np.uint32(0x7FFFFFFF)
+            target[i] = (u >> np.uint32(16)) | np.uint32(0x40)
+        is_now = (np.uint32(target[i]) << np.uint32(given)) & np.uint32(0x7FFFFFFF)
         if was < np.uint32(INFINITY) and is_now >= np.uint32(INFINITY):
             gone += 1
     return gone

@@ -27,6 +27,8 @@ FLOATS = ("F32", "F16", "BF16")
 MOST_LEVELS = 2**24
 """Whole numbers up to here are exact in float32."""
 
+TIED = "perturb: group: the head is tied to the embedding; --untie writes it by itself, so that only the head changes."
+
 
 class Change(NamedTuple):
     """What is done to one tensor, of which `name` is the name and `chosen` the part."""
@@ -128,9 +130,9 @@ def perturb(
 
     A group is a word: attention, attention-q, -k, -v, -o, mlp and experts (dense and shared, and routed experts; also
     -gate, -up, -down), mixer (of tokens, without softmax), router, embedding, head, norm; or a pattern for names,
-    which takes whole tensors, biases too. Of fused matrices only the part's rows or columns change, and of stacked
-    experts each is a matrix by itself. Chance depends on the seed, the method, the tensor's name and the place in it,
-    not on the level: what a level sets to zero, a higher one does too.
+    which takes whole tensors, biases too. Of fused matrices only the part's rows or columns change; deviations, grids
+    and shares are those of what is chosen of a tensor, of stacked experts those of each. Chance depends on the seed,
+    the method, the tensor's name and the place in it, not on the level: what one sets to zero, a higher one does too.
 
     Args:
         method: What is done.
@@ -167,7 +169,7 @@ def perturb(
     exact = as_plain(source) if decoding else source
     kept = as_plain(source, dtype) if dequantize else source
     chosen = choose(exact, group, layers, method == "ablate" and by == "head")
-    raise_all(RefusedError, _problems(exact, chosen))
+    raise_all(RefusedError, _problems(exact, chosen, twin))
     tensors = dict(kept.tensors)
     for name, it in chosen.items() if level != 0 else ():
         again = kept[name].dtype == "F8_E4M3"
@@ -180,11 +182,12 @@ def perturb(
         else:
             tensors[name] = changed
     notes = []
-    embedding = next((name for name, it in chosen.items() if it.role.group == "embedding"), None)
-    if embedding and twin is not None:
+    embedding = next((name for name, it in chosen.items() if it.role[:2] == ("embedding", "token")), None)
+    if twin is not None and embedding and level != 0:
         notes.append(f"perturb: the head is tied to {embedding} and changes with it; --untie keeps it as it is.")
         tensors |= {twin: cast_tensor(tensors[embedding], kept[twin].dtype)} if twin else {}
-    report = {**kept.report, "perturbed": list(_rows(chosen))}
+    rows = [{"method": method, "level": level, **row} for row in _rows(chosen)]
+    report = {**kept.report, "perturbed": [*kept.report.get("perturbed", ()), *rows]}
     return kept.replace(tensors=tensors, steps=ckpt.steps, report=report).warn(*notes)
 
 
@@ -224,11 +227,7 @@ def _separated(ckpt: Checkpoint, group: Sequence[str], untie: bool) -> tuple[Che
     if not tied:
         return ckpt, None
     if not untie:
-        if "head" in group:
-            raise RefusedError(
-                f"perturb: group: the head is tied to {embeddings[0]}, which would change too; --untie writes the head "
-                "by itself."
-            )
+        raise_all(RefusedError, [TIED] if "head" in group else [])
         return ckpt, heads[0] if heads else ""
     if not heads and len(embeddings) > 1:
         raise RefusedError(f"perturb: untie: cannot tell which of {', '.join(embeddings)} is tied to the head.")
@@ -236,7 +235,9 @@ def _separated(ckpt: Checkpoint, group: Sequence[str], untie: bool) -> tuple[Che
     return ckpt.replace(tensors={**ckpt.tensors, **own}, config=untied(ckpt)), None
 
 
-def _problems(ckpt: Checkpoint, chosen: Mapping[str, Chosen]) -> Iterator[str]:
+def _problems(ckpt: Checkpoint, chosen: Mapping[str, Chosen], twin: str | None) -> Iterator[str]:
+    if twin in chosen and not any(it.role.group == "embedding" for it in chosen.values()):
+        yield TIED
     if not chosen:
         yield "perturb: by: none of the chosen tensors has attention heads."
     for name in chosen:
