@@ -36,7 +36,7 @@ RowFunction = Callable[..., Block]
 """Takes a Block of each input and returns the Block of output that belongs to them."""
 
 Pieces = Iterator[tuple[int, Block]]
-Reduction = Callable[[Pieces], Block]
+Reduction = Callable[..., Block]
 """Takes pieces of all rows, each with the number of its first, which depend on nothing but the shape."""
 
 
@@ -170,9 +170,11 @@ class LazyTensor:
         shape = self.shape if row_shape is None else (self.rows, *row_shape)
         return LazyTensor(dtype, shape, None, function, inputs, grain=grain, history=history, placed=placed)
 
-    def reduced(self, function: Reduction, *, dtype: str, shape: tuple[int, ...], history: str) -> LazyTensor:
-        """Return a small tensor that one pass over this one gives; `function` is called once, when it is first read."""
-        inputs = (Input(self, 0, streamed=True),)
+    def reduced(
+        self, function: Reduction, *whole: LazyTensor, dtype: str, shape: tuple[int, ...], history: str
+    ) -> LazyTensor:
+        """Return a small tensor that one pass over this one gives, and `whole` others: `function` is called once."""
+        inputs = (Input(self, 0, streamed=True), *(Input(other, 0) for other in whole))
         return LazyTensor(dtype, shape, None, once(function), inputs, grain=max(1, shape[0]), history=history)
 
     def by_groups(

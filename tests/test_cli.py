@@ -276,6 +276,7 @@ def test_the_dry_run_of_every_operation_prints_json_and_writes_nothing(
         "stitch": ["--layers", "base:0-1,other:1", "--models", f"other={plain}"],
         "extract-lora": ["--base", fp8, "--rank", "4"],
         "merge-lora": ["--adapter", adapter],
+        "perturb": ["--method", "ablate", "--level", "0.5", "--group", "mlp"],
     }
     needs_layers = any(each.name == "layers" and each.required for each in OPERATIONS[name].parameters)
     options = given.get(name, ["--layers", "1"] if needs_layers else [])

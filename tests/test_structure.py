@@ -32,11 +32,12 @@ ORDER = (
     ("fields",),
     ("rules",),
     ("families", "known_fields"),
-    ("running",),
+    ("running", "roles"),
+    ("fused",),
     ("kernels",),
-    ("source", "roles"),
+    ("source",),
     ("checkpoint",),
-    ("lora",),
+    ("lora", "groups"),
     ("quantized",),
     ("renaming",),
     ("module_lists",),
@@ -62,7 +63,7 @@ LIGHT = (
     "_version", "errors", "sizes", "progress", "format", "reading", "document", "tensor", "notation", "nearest",
     "names", "shaping", "variants", "yaml_lines",
     "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming",
-    "module_lists", "arrangement", "sequence", "lora", "running",
+    "module_lists", "arrangement", "sequence", "lora", "running", "fused", "groups",
     "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
     "durable", "writer", "quantized", "ops", "mergekit", "recipe", "cli", "report", "__init__", "__main__",
     "exams/__init__", "exams/cancellation", "exams/change_tables", "exams/changes", "exams/claims", "exams/documents",
@@ -168,9 +169,10 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
         if unit(module) != "kernels"
     }
     assert {module for module, used in users.items() if used} == {
-        "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/principal",
-        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/alignment", "exams/cancellation",
-        "exams/changes", "exams/health", "exams/integrity", "exams/lines", "exams/residuals", "exams/vitals",
+        "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/perturbation",
+        "ops/principal", "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/alignment",
+        "exams/cancellation", "exams/changes", "exams/health", "exams/integrity", "exams/lines",
+        "exams/residuals", "exams/vitals",
     }  # fmt: skip
 
 
@@ -212,8 +214,8 @@ def test_the_exported_names() -> None:
         "write",
     ]  # fmt: skip
     assert ts.ops.__all__ == [
-        "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "repeat_layers", "reshard",
-        "reverse_layers", "sanitize_lora", "select_layers", "stitch",
+        "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "perturb", "repeat_layers",
+        "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
     assert ts.exams.__all__ == ["autopsy", "diff", "inspect", "noise", "verify"]
     for module in (ts, ts.ops, ts.exams):

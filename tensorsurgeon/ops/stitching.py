@@ -16,23 +16,13 @@ from tensorsurgeon.known_fields import FIELDS
 from tensorsurgeon.module_lists import SETTINGS
 from tensorsurgeon.names import layer_name, matching
 from tensorsurgeon.ops.arranging import arranged
+from tensorsurgeon.ops.untying import TIE, head_name, untied
 from tensorsurgeon.parameters import Glob, Models, NamedLayers
 from tensorsurgeon.registry import open_model, operation
 from tensorsurgeon.renaming import names_a_layer
 from tensorsurgeon.tensor import LazyTensor
 
 BASE = "base"
-TIE = "tie_word_embeddings"
-
-HEADS = {
-    "gpt_neox.": "embed_out.weight",
-    "language_model.": "language_model.lm_head.weight",
-    "model.": "lm_head.weight",
-    "transformer.": "lm_head.weight",
-    "backbone.": "lm_head.weight",
-}
-"""What the head is called in files, by how the names of layers begin."""
-
 DO_NOT_MATTER = (
     "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "max_position_embeddings", "initializer_range", "tie_word_embeddings", "pretraining_tp",
@@ -193,14 +183,10 @@ def _with_ends(stitched: Checkpoint, embedding: Checkpoint, head: Checkpoint) ->
     layers = {name: it for name, it in stitched.tensors.items() if not any(name in part for part in own)}
     head_tensors = last.head
     if embedding is not head and not head_tensors:
-        head_tensors = {_head_name(head): _token_embedding(head, last)}
+        head_tensors = {head_name(head, "stitch"): _token_embedding(head, last)}
     tensors = {**first.embedding, **layers, **last.norm, **head_tensors}
-    config = _with_tie_of(stitched, head) if embedding is head else _untied(stitched)
+    config = _with_tie_of(stitched, head) if embedding is head else untied(stitched)
     return stitched.replace(tensors=tensors, config=config)
-
-
-def _untied(stitched: Checkpoint) -> Config:
-    return edit_parts(stitched.config.value, stitched.text_config_path, lambda part: {**part, TIE: False})
 
 
 def _with_tie_of(stitched: Checkpoint, giver: Checkpoint) -> Config:
@@ -222,18 +208,6 @@ def _token_embedding(ckpt: Checkpoint, ends: Ends) -> LazyTensor:
     if len(found) != 1:
         raise RefusedError(f"stitch: cannot tell which embedding of {ckpt.sources[0].name} is tied to its head.")
     return found[0]
-
-
-def _head_name(ckpt: Checkpoint) -> str:
-    """Return the name that the head has in files where it is not tied."""
-    prefix = ckpt.layers.prefix
-    for beginning, name in HEADS.items():
-        if prefix.startswith(beginning):
-            return name
-    raise RefusedError(
-        f"stitch: the head of {ckpt.sources[0].name} is tied to its embeddings, and how it is called by itself is not "
-        f"known for layers named {prefix}N; let one model give both with --embedding and --head."
-    )
 
 
 def _notes(names: list[str], models: list[Checkpoint], embedding: str, head: str) -> Iterator[str]:

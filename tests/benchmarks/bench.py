@@ -41,8 +41,12 @@ IMPORTS = {
     "select-layers": "import tensorsurgeon.cli",
     "dequantize": "import tensorsurgeon.cli, tensorsurgeon.kernels.fp8",
     "autopsy": "import tensorsurgeon.cli, tensorsurgeon.exams.vitals",
+    "perturb": "import tensorsurgeon.cli, tensorsurgeon.kernels.perturbing",
 }
 """What each command imports: the floor under its peak memory."""
+
+NOISE = 0.05
+"""Level of the noise that is measured."""
 
 LAUNCHER = """
 import json, os, sys, time
@@ -347,6 +351,35 @@ def phases(source: Path, dest: Path, size: int) -> dict[str, float]:
     return {name: float(seconds) for name, seconds in json.loads(done.stdout).items()}
 
 
+def measure_perturb(setup: Setup) -> list[Figure]:
+    """Compare multiplicative noise on every tensor with the plain way in torch."""
+    with workplace(setup) as place:
+        source, dest = place / "source", place / "dest"
+        shapes = setup.plain.shapes()
+        synthetic.write(source, shapes, setup.plain.config(), setup.shard_size, normal=True)
+        size, weights = directory_size(source), sum(prod(shape) for _, shape in shapes.values())
+        options = ["--method", "mult-gauss", "--level", NOISE, "--group", "*", "--quiet"]
+
+        def ours() -> Run:
+            prepare(dest, source, size)
+            return run(surgeon("perturb", source, dest, *options))
+
+        def theirs() -> Run:
+            prepare(dest, source, size)
+            return run(helper("noise", source, dest))
+
+        floor = run([sys.executable, "-c", IMPORTS["perturb"]])
+        mine, other = alternate(setup.runs, ours, theirs)
+    title = f"perturb, mult-gauss on {size / 1e9:.2f} GB of BF16, with torch"
+    per_weight = [[(it.cpu - floor.cpu) / weights * 1e9 for it in runs] for runs in (mine, other)]
+    return [
+        Figure(f"{title}: wall", "s", [it.wall for it in mine], [it.wall for it in other], 1 / 3),
+        Figure(f"{title}: CPU for each weight, start not counted", "ns", *per_weight),
+        Figure(f"{title}: memory beyond imports", "MiB", [(it.peak - floor.peak) / MIB for it in mine],
+               [(it.peak - floor.peak) / MIB for it in other], 1),
+    ]  # fmt: skip
+
+
 def measure_autopsy(setup: Setup) -> list[Figure]:
     """Compare autopsy with four statistics in torch; block FP8 with BF16; and measure a tensor of gigabytes."""
     with workplace(setup) as place:
@@ -618,7 +651,28 @@ def statistics_in_torch(source: Path, dest: Path) -> None:
                 print(name, numbers.mean().item(), numbers.std().item(), numbers.min().item(), numbers.max().item())
 
 
-HELPERS = {"reference": decode_in_torch, "phases": dequantize_in_turn, "statistics": statistics_in_torch}
+def perturb_in_torch(source: Path, dest: Path) -> None:
+    """Multiply every tensor by noise in the plain way, and flush what is written to the disk."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    dest.mkdir()
+    for path in sorted(source.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor * (1 + NOISE * torch.randn_like(tensor))
+        save_file(tensors, dest / path.name)
+        with open(dest / path.name, "rb") as file:
+            os.fsync(file.fileno())
+
+
+HELPERS = {
+    "noise": perturb_in_torch,
+    "reference": decode_in_torch,
+    "phases": dequantize_in_turn,
+    "statistics": statistics_in_torch,
+}
 """What this script runs in processes of their own, to be measured."""
 
 MEASUREMENTS = {
@@ -626,6 +680,7 @@ MEASUREMENTS = {
     "mergekit": measure_mergekit,
     "extract-lora": measure_extract_lora,
     "dequantize": measure_dequantize,
+    "perturb": measure_perturb,
     "autopsy": measure_autopsy,
     "diff": measure_diff,
     "memory": measure_memory,
