@@ -209,8 +209,8 @@ def test_the_exported_names() -> None:
         "Checkpoint", "__version__", "exams", "load_recipe", "make_recipe", "open", "ops", "write",
     ]  # fmt: skip
     assert ts.ops.__all__ == [
-        "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "repeat_layers", "reshard",
-        "reverse_layers", "sanitize_lora", "select_layers", "stitch",
+        "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "project", "repeat_layers",
+        "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
     assert ts.exams.__all__ == ["autopsy", "diff", "inspect", "noise", "verify"]
     for module in (ts, ts.ops, ts.exams):
