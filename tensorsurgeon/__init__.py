@@ -8,11 +8,11 @@ ckpt = ts.ops.drop_layers(ckpt, "14-17")
 ts.write(ckpt, "Qwen3-8B-pruned", max_shard_size="5GB")
 """
 
-from tensorsurgeon import exams, ops
+from tensorsurgeon import derivations, exams, ops
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.checkpoint import open_checkpoint as open
 from tensorsurgeon.recipe import load_recipe, make_recipe
 from tensorsurgeon.writer import write
 
-__all__ = ["Checkpoint", "__version__", "exams", "load_recipe", "make_recipe", "open", "ops", "write"]
+__all__ = ["Checkpoint", "__version__", "derivations", "exams", "load_recipe", "make_recipe", "open", "ops", "write"]

@@ -42,8 +42,7 @@ def make_basis(array: Numbers, width: int, rank: int | None) -> Basis:
     Raises:
         RefusedError: for what is no basis, with all reasons.
     """
-    if not np.isfinite(array).all():
-        raise RefusedError("holds NaN or infinity.")
+    require_finite(array)
     if array.shape == (width, width) and width > 1:
         return _from_projector(array, rank)
     rows = array[None] if array.ndim == 1 else array
@@ -54,6 +53,12 @@ def make_basis(array: Numbers, width: int, rank: int | None) -> Basis:
     if rank and rank > len(rows):
         raise RefusedError(f"has {len(rows)} directions, not the {rank} of rank.")
     return _orthonormal(rows[:rank])
+
+
+def require_finite(array: Numbers, name: str = "") -> None:
+    """Raise RefusedError for NaN and infinity."""
+    if not np.isfinite(array).all():
+        raise RefusedError(f"{name}: holds NaN or infinity." if name else "holds NaN or infinity.")
 
 
 def _orthonormal(rows: Numbers) -> Basis:

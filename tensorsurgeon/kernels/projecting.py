@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from tensorsurgeon.kernels.archives import Numbers
 from tensorsurgeon.kernels.arrays import as_float32
 from tensorsurgeon.kernels.casting import as_block, cast_block
 from tensorsurgeon.tensor import Block, Pieces
@@ -47,6 +48,11 @@ class Change(NamedTuple):
         left = self.after(squares, inside)
         gone = left <= GONE * squares
         return torch.where(gone, 0.0, (squares / torch.where(gone, 1.0, left)).sqrt())
+
+
+def make_change(vectors: Numbers, m: float, s: float, preserve: bool) -> Change:
+    """Return the change for orthonormal rows of float64."""
+    return Change(torch.from_numpy(vectors).float().contiguous(), m, s, preserve)
 
 
 class Sums(NamedTuple):

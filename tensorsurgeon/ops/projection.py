@@ -127,13 +127,11 @@ def _places(targets: Sequence[Target], layers: Sequence[int] | None) -> set[Plac
 
 
 def _change(basis: Basis, keep: bool, scale: float, preserve: bool) -> Change:
-    import torch
-
-    from tensorsurgeon.kernels.projecting import Change
+    from tensorsurgeon.kernels.projecting import make_change
 
     # A projector P = U U' gives I - a (I - P) = (1 - a) I + a U U'.
     m, s = (0.0, 1.0) if keep else (1.0, -scale) if basis.complement else (1.0 - scale, scale)
-    return Change(torch.from_numpy(basis.vectors).float().contiguous(), m, s, preserve)
+    return make_change(basis.vectors, m, s, preserve)
 
 
 def _known(basis: Basis, change: Change) -> str:
