@@ -94,7 +94,7 @@ def _members(path: Path) -> Iterator[tuple[str, Entry]]:
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
             try:
-                shape, dtype = _header(archive, info)
+                shape, dtype, begin = _header(archive, info)
             except (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as problem:
                 problems.append(f"{path}: {name}: is not an array: {' '.join(str(problem).split())}.")
                 continue
@@ -102,13 +102,14 @@ def _members(path: Path) -> Iterator[tuple[str, Entry]]:
                 problems.append(f"{path}: {name}: {PICKLED}.")
             elif dtype.kind != "f" or dtype.itemsize > 8:
                 problems.append(f"{path}: {name}: is {dtype}, not float16, float32 or float64.")
-            elif np.prod(shape, dtype=object) * dtype.itemsize > info.file_size:
+            elif np.prod(shape, dtype=object) * dtype.itemsize > info.file_size - begin:
                 problems.append(f"{path}: {name}: has fewer bytes than its shape {list(shape)} needs; it is damaged.")
             yield name, Entry(shape)
     raise_all(RefusedError, problems)
 
 
-def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[np.generic], int]:
+    """Return shape and dtype of a member, and where its data begins."""
     with archive.open(info) as file:
         layout: Any = np.lib.format
         version = layout.read_magic(file)
@@ -116,4 +117,4 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int,
         if not read:
             raise ValueError(f"version {version} of the format is not known")
         shape, _, dtype = read(file)
-        return shape, dtype
+        return shape, dtype, file.tell()

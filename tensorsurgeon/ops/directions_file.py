@@ -74,8 +74,10 @@ def _read(
     for name in dict.fromkeys(names.values()):
         try:
             made[name] = make_basis(archive.read(name), width, rank)
-        except (RefusedError, CheckpointError) as problem:
+        except RefusedError as problem:
             problems += [f"{archive.path}: {name}: {text}" for text in problem.problems]
+        except CheckpointError as problem:
+            problems += problem.problems
     changed = [name for name, basis in made.items() if basis.changed]
     warnings = [f"directions: not orthonormal, and made so: {_some(changed)}."] if changed else []
     return Directions({place: made[name] for place, name in names.items() if name in made}, warnings, problems)
