@@ -314,6 +314,28 @@ def test_bytes_depend_on_neither_threads_nor_memory_nor_shards(
     assert len(written) == 1
 
 
+def test_bytes_do_not_depend_on_the_threads_that_torch_may_use(tmp_path: Path) -> None:
+    """What is multiplied is long enough for a library to share it among threads, which changes the order of sums."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(600, 2048, generator=generator),
+        "model.layers.0.mlp.down_proj.weight": torch.randn(2048, 512, generator=generator),
+    }
+    source = make.save(tmp_path / "source", tensors, make.config(1, hidden_size=2048))
+    file = saved(tmp_path / "wide.npz", u=np.random.default_rng(0).standard_normal((33, 2048)))
+    before = torch.get_num_threads()
+    made = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            ckpt = ts.ops.project(ts.open(source), file, weights="mlp.down,embedding.token")
+            made.append([bytes(ckpt[name].read().data) for name in tensors])
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert made[0] == made[1]
+
+
 def test_many_tiles_and_pieces_give_what_one_would(tmp_path: Path) -> None:
     tensors = {"model.layers.0.mlp.down_proj.weight": torch.randn(640, 5000, dtype=torch.float32)}
     source = make.save(tmp_path / "wide", tensors, make.config(1, hidden_size=640))

@@ -69,14 +69,33 @@ def _orthonormal(rows: Numbers) -> Basis:
         raise RefusedError(*(f"direction {number} is zero." for number in zero))
     if len(rows) > rows.shape[1]:
         raise RefusedError(f"holds {len(rows)} directions of {rows.shape[1]} numbers; they depend on each other.")
-    unit = rows / lengths[:, None]
-    basis, triangle = np.linalg.qr(unit.T)
-    left = np.abs(np.diag(triangle))
-    dependent = [f"direction {number} depends on those before it." for number in np.flatnonzero(left < DEPENDENT)]
+    basis = np.zeros_like(rows)
+    dependent = []
+    for number, row in enumerate(rows / lengths[:, None]):
+        left, length = _without(basis[:number], row)
+        if length < DEPENDENT:
+            dependent.append(f"direction {number} depends on those before it.")
+        else:
+            basis[number] = left
     if dependent:
         raise RefusedError(*dependent)
     off = np.abs(rows @ rows.T - np.eye(len(rows))).max()
-    return Basis(basis.T * np.sign(np.diag(triangle))[:, None], changed=bool(off > ASKEW))
+    return Basis(basis, changed=bool(off > ASKEW))
+
+
+def _without(basis: Numbers, row: Numbers) -> tuple[Numbers, float]:
+    """Return what a basis leaves of a vector, with length 1, and the length that was left: a step of Gram-Schmidt.
+
+    Done twice, which is as exact as Householder's QR (Giraud, Langou and Rozloznik, 2005). Sums are not left to LAPACK,
+    whose last bits depend on the number of threads: the same file always gives the same basis.
+    """
+    length = 0.0
+    for again in range(2):
+        row = row - ((basis * row).sum(1)[:, None] * basis).sum(0)
+        size = float(np.sqrt(np.square(row).sum()))
+        length = length if again else size
+        row = row / size if size else row
+    return row, length
 
 
 def _from_projector(array: Numbers, rank: int | None) -> Basis:
@@ -92,13 +111,23 @@ def _from_projector(array: Numbers, rank: int | None) -> Basis:
         problems.append("is a projector, whose directions have no order to take the first of; leave rank out.")
     if problems:
         raise RefusedError(*problems)
-    values, vectors = np.linalg.eigh((array + array.T) / 2)
-    kept = values > 0.5
-    if kept.all() or not kept.any():
-        raise RefusedError(f"is a projector that {'changes' if kept.all() else 'leaves'} nothing.")
-    complement = bool(kept.sum() * 2 >= len(kept))
-    chosen = ~kept if complement else kept
-    return Basis(np.ascontiguousarray(vectors[:, chosen].T), complement, projector=True)
+    width = len(array)
+    kept = round(float(np.trace(array)))
+    if kept in (0, width):
+        raise RefusedError(f"is a projector that {'changes' if kept else 'leaves'} nothing.")
+    complement = 2 * kept >= width
+    smaller = (np.eye(width) if complement else 0) + (array + array.T) * (-0.5 if complement else 0.5)
+    return Basis(_range(smaller, width - kept if complement else kept), complement, projector=True)
+
+
+def _range(projector: Numbers, rank: int) -> Numbers:
+    """Return an orthonormal basis of the range of a projector: each time of the column of which most is left."""
+    basis = np.zeros((rank, len(projector)))
+    left = np.diag(projector).copy()
+    for number in range(rank):
+        basis[number], _ = _without(basis[:number], projector[int(left.argmax())])
+        left -= basis[number] ** 2
+    return basis
 
 
 def largest_angle(one: Numbers, other: Numbers) -> float:

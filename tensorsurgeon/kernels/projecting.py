@@ -4,7 +4,7 @@ With orthonormal columns U a matrix becomes `m W + s U U'W`: `m = 1, s = -a` tak
 `m = 0, s = 1` keeps. What lies the other way round becomes `m W + s W U U'`. A vector w of squared length q, of which c
 lies in the subspace, then has the squared length `m^2 q + (2 m s + s^2) c`; where lengths are kept it gets q back.
 
-Products are made of tiles whose size the width decides, so that bytes depend on neither blocks nor threads.
+Products are made of tiles whose size the width decides, each on one thread: bytes depend on neither blocks nor threads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from tensorsurgeon.kernels.archives import Numbers
 from tensorsurgeon.kernels.arrays import as_float32
 from tensorsurgeon.kernels.casting import as_block, cast_block
+from tensorsurgeon.kernels.deltas import one_thread_each
 from tensorsurgeon.tensor import Block, Pieces
 
 TILE = 2**18
@@ -69,6 +70,7 @@ def tile_rows(width: int) -> int:
     return min(TALLEST, 1 << (rows.bit_length() - 1))
 
 
+@one_thread_each()
 def reduce_outputs(pieces: Pieces, change: Change) -> Block:
     """Return U'W and below it the squared length of each column of W (out, in), in float32."""
     made: Tensor | None = None
@@ -91,6 +93,7 @@ def sums_of_outputs(reduced: Block, change: Change) -> Sums:
     return _sums(squares, inside, change)
 
 
+@one_thread_each()
 def project_outputs(start: int, weight: Block, reduced: Block, change: Change, dtype: str) -> Block:
     """Return rows `start` and on of a changed W (out, in), from what `reduce_outputs` gave."""
     numbers = torch.from_numpy(as_float32(reduced))
@@ -107,6 +110,7 @@ def project_outputs(start: int, weight: Block, reduced: Block, change: Change, d
     return cast_block(as_block(made, "F32"), dtype)
 
 
+@one_thread_each()
 def project_rows(weight: Block, change: Change, dtype: str) -> Block:
     """Return changed vectors, each a row of the last dimension."""
     made = torch.empty(weight.shape)
@@ -121,6 +125,7 @@ def project_rows(weight: Block, change: Change, dtype: str) -> Block:
     return cast_block(as_block(made, "F32"), dtype)
 
 
+@one_thread_each()
 def sums_of_rows(pieces: Pieces, change: Change) -> Sums:
     """Return the sums of vectors that are rows of the last dimension."""
     found = torch.zeros(3, dtype=torch.float64)

@@ -96,12 +96,10 @@ def measured(projections: Sequence[Projection]) -> dict[str, Sums]:
     Raises:
         RefusedError: for NaN or infinity in a weight.
     """
-    from tensorsurgeon.kernels.deltas import one_thread_each
-
     settings = running()
     budget = Budget(settings.memory)
     total = sum(_disk(it.source) for it in projections)
-    with one_thread_each(), progress_bar(total, "project", settings.quiet) as advance:
+    with progress_bar(total, "project", settings.quiet) as advance:
 
         def measure(it: Projection) -> Sums:
             with budget.reserve(it.memory):

@@ -44,10 +44,10 @@ def project(
 ) -> Checkpoint:
     """Take directions out of what weights write into the residual stream: `W_new = (I - scale U U') W`.
 
-    U has orthonormal columns: vectors that are not are made so by QR. Weights are changed from the side of their
-    output, their biases with them, in float32, and rounded once to their own dtype. With `keep` what is left is
-    `U U' W`; a scale of 2 reflects (Householder). A square array is taken for a projector P, and `W_new = P W`. Each
-    weight is read once before, for the table of what is removed, and once while it is written.
+    U has orthonormal columns: vectors that are not are made so, one after the other (QR). Weights are changed from the
+    side of their output, their biases with them, in float32, and rounded once to their own dtype. With `keep` what is
+    left is `U U' W`; a scale of 2 reflects (Householder). A square array is taken for a projector P, and `W_new = P W`.
+    Each weight is read once before, for the table of what is removed, and once while it is written.
 
     This is directional ablation of weights (Arditi et al., 2024, arXiv 2406.11717) for any number of directions.
 
