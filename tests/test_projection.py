@@ -442,6 +442,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "a layer twice": ({"L1": basis(1, 192), "layer_1": basis(1, 192)}, {"layers": "1"}, ["are both of layer 1"]),
     "an embedding": ({"L0": basis(1, 192), "L1": basis(1, 192)}, {"weights": "embedding.token"}, ["outside of layers"]),
     "layers beyond": ({"u": basis(1, 192)}, {"layers": "3-5"}, ["there is no layer 4, 5; the model has 4 layers"]),
+    "an endless scale": ({"u": basis(1, 192)}, {"scale": float("inf")}, ["scale: inf is not a finite number."]),
     "keep and scale": ({"u": basis(1, 192)}, {"keep": True, "scale": 0.5}, ["keep and scale"]),
     "keep of a projector": ({"u": basis(5, 192).T @ basis(5, 192)}, {"keep": True}, ["a projector says itself"]),
     "unknown weights": ({"u": basis(1, 192)}, {"weights": "mlp.dwon"}, ["'mlp.dwon'. Did you mean 'mlp.down'"]),
@@ -451,8 +452,9 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "nothing to decode": ({"u": basis(1, 192)}, {"dequantize": True}, ["no weight of the model is quantised."]),
     "both at once": ({"u": basis(1, 192)}, {"dequantize": True, "requantize": True}, ["choose one of them."]),
     "rank 0": ({"u": basis(1, 192)}, {"rank": 0}, ["rank"]),
-    "several": ({"L0": np.zeros((1, 192)), "L1": basis(1, 3)}, {"weights": "mlp.down,mlp.up", "layers": "0-2"},
-                ["which does not write", "L0: direction 0 is zero", "L1: has shape", "no directions for layers 2"]),
+    "several": ({"L0": np.zeros((1, 192)), "L1": basis(1, 3)}, {"weights": "mlp.down,mlp.up", "layers": "0-2,7"},
+                ["which does not write", "there is no layer 7", "L0: direction 0 is zero", "L1: has shape",
+                 "no directions for layers 2"]),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tensorsurgeon.durable import explaining, replace_file
+from tensorsurgeon.durable import replace_file
 from tensorsurgeon.errors import CheckpointError, DestinationError, RefusedError, UsageError, nearest, raise_all
 from tensorsurgeon.format import header_bytes
 from tensorsurgeon.notation import format_layers
@@ -87,8 +87,10 @@ def directions(
         "groups": ",".join(samples.groups),
         "captured": json.dumps({f"L{layer}": _short(it.captured) for layer, it in found.items()}),
     }
-    with explaining(place):
+    try:
         replace_file(place, _as_safetensors(found, told))
+    except OSError as problem:
+        raise DestinationError(f"{place}: {problem.strerror or problem}.") from problem
     tables = {"directions": _rows(archive, samples, found)}
     return Findings(tables | ({"not read": [{"array": name} for name in samples.others]} if samples.others else {}))
 

@@ -38,7 +38,8 @@ class Projection(NamedTuple):
         source = self.source
         piece = min(source.piece_rows, source.rows)
         numbers = 4 * math.prod(source.shape[1:]) * piece
-        return source.fixed_memory + piece * source.row_memory + numbers + 4 * (self.reduced or source).row_bytes
+        reduced = 3 * self.reduced.nbytes if self.reduced else 0
+        return source.fixed_memory + piece * source.row_memory + numbers + reduced
 
     def tensor(self, dtype: str) -> LazyTensor:
         """Return the changed tensor."""

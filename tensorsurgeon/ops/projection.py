@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -70,10 +71,12 @@ def project(
             hold NaN, and quantised ones that are neither to be decoded nor quantised again.
     """
     usage = list(_contradictions(ckpt, keep, scale, dequantize, requantize))
-    try:
-        ckpt.layers.check(layers or ())
-    except UsageError as problem:
-        raise UsageError(*usage, *problem.problems) from None
+    if layers:
+        try:
+            ckpt.layers.check(layers)
+        except UsageError as problem:
+            usage += problem.problems
+            layers = tuple(layer for layer in layers if layer < ckpt.layers.count)
     chosen = choose_writers(ckpt, weights, layers)
     names = [it.name for it in chosen.targets]
     problems = [*chosen.problems, *([] if dequantize or requantize else _quantized_problems(ckpt, names))]
@@ -106,6 +109,8 @@ def project(
 def _contradictions(ckpt: Checkpoint, keep: bool, scale: float, dequantize: bool, requantize: bool) -> Iterator[str]:
     if keep and scale != 1:
         yield "project: keep and scale: what is kept is kept whole; leave one of them out."
+    if not math.isfinite(scale):
+        yield f"project: scale: {scale} is not a finite number."
     if dequantize and requantize:
         yield "project: dequantize and requantize: choose one of them."
     elif (dequantize or requantize) and not quantized_tensors(ckpt.tensors):
