@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tensorsurgeon.registry import DERIVATIONS, EXAMS, OPERATIONS, Spec
 from tensorsurgeon.signature import Parameter
 
@@ -34,8 +32,9 @@ def _section(spec: Spec) -> str:
 def _default(parameter: Parameter) -> str:
     if parameter.required:
         return "required"
-    shown: Any = {None: "-", False: "no", True: "yes"}.get(parameter.default, f"`{parameter.default}`")
-    return str(shown)
+    if isinstance(parameter.default, bool):
+        return "yes" if parameter.default else "no"
+    return "-" if parameter.default is None else f"`{parameter.default}`"
 
 
 def _meaning(parameter: Parameter) -> str:
