@@ -16,7 +16,7 @@ import torch
 
 from tensorsurgeon.kernels.archives import Numbers
 from tensorsurgeon.kernels.arrays import as_float32
-from tensorsurgeon.kernels.casting import as_block, cast_block
+from tensorsurgeon.kernels.casting import TORCH, as_block, round_into
 from tensorsurgeon.kernels.deltas import one_thread_each
 from tensorsurgeon.tensor import Block, Pieces
 
@@ -99,30 +99,29 @@ def project_outputs(start: int, weight: Block, reduced: Block, change: Change, d
     numbers = torch.from_numpy(as_float32(reduced))
     squares, parts = numbers[-1], numbers[:-1]
     factors = change.factors(squares, parts.square().sum(0)) if change.preserve else None
-    made = torch.empty(weight.shape)
+    made = torch.empty(weight.shape, dtype=TORCH[dtype])
     for begin, tile in _tiles(weight, tile_rows(weight.shape[1])):
-        place = slice(start + begin, start + begin + len(tile))
-        rows = change.vectors[:, place].T.contiguous()
-        result = made[begin : begin + len(tile)]
-        torch.addmm(tile, rows, parts, beta=change.m, alpha=change.s, out=result)
+        rows = change.vectors[:, start + begin : start + begin + len(tile)].T.contiguous()
+        result = torch.addmm(tile, rows, parts, beta=change.m, alpha=change.s)
         if factors is not None:
             result *= factors
-    return cast_block(as_block(made, "F32"), dtype)
+        round_into(made[begin : begin + len(tile)].view(-1), result.view(-1), dtype)
+    return as_block(made, dtype)
 
 
 @one_thread_each()
 def project_rows(weight: Block, change: Change, dtype: str) -> Block:
     """Return changed vectors, each a row of the last dimension."""
-    made = torch.empty(weight.shape)
+    made = torch.empty(weight.shape, dtype=TORCH[dtype])
     # Matrix by matrix: tiles of stacked ones would else lie otherwise in other blocks.
     for matrix, results in zip(_matrices(weight), _planes(made), strict=True):
         for begin, tile in _tiles(matrix, tile_rows(weight.shape[-1])):
             inside = tile @ change.vectors.T
-            result = results[begin : begin + len(tile)]
-            torch.addmm(tile, inside, change.vectors, beta=change.m, alpha=change.s, out=result)
+            result = torch.addmm(tile, inside, change.vectors, beta=change.m, alpha=change.s)
             if change.preserve:
                 result *= change.factors(tile.square().sum(1), inside.square().sum(1))[:, None]
-    return cast_block(as_block(made, "F32"), dtype)
+            round_into(results[begin : begin + len(tile)].view(-1), result.view(-1), dtype)
+    return as_block(made, dtype)
 
 
 @one_thread_each()

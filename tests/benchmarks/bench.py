@@ -358,7 +358,7 @@ def measure_project(setup: Setup) -> list[Figure]:
         mine, other = alternate(
             setup.runs, lambda: timed(projecting), lambda: timed(surgeon("cast", source, dest, *casting))
         )
-    title = f"project, {2 * setup.plain.layers} weights of {size / 1e9:.2f} GB, with a cast of the same"
+    title = f"project, {2 * setup.plain.layers} weights in {size / 1e9:.2f} GB, with a cast of the same"
     return [
         Figure(f"{title}: wall", "s", [it.wall for it in mine], [it.wall for it in other], 1.5),
         Figure(f"{title}: CPU", "s", [it.cpu for it in mine], [it.cpu for it in other]),
