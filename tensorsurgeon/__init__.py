@@ -8,7 +8,7 @@ ckpt = ts.ops.drop_layers(ckpt, "14-17")
 ts.write(ckpt, "Qwen3-8B-pruned", max_shard_size="5GB")
 """
 
-from tensorsurgeon import exams, ops
+from tensorsurgeon import derivations, exams, ops
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.checkpoint import open_checkpoint as open
@@ -19,6 +19,7 @@ from tensorsurgeon.writer import write
 __all__ = [
     "Checkpoint",
     "__version__",
+    "derivations",
     "exams",
     "levels",
     "load_recipe",

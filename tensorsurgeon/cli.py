@@ -1,4 +1,4 @@
-"""The command line: one command for each exam and operation, read off their declarations, and `run`.
+"""The command line: one command for each exam, operation and derivation, read off their declarations, and `run`.
 
 Results go to standard output, progress and errors to standard error.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+import tensorsurgeon.derivations
 import tensorsurgeon.exams  # noqa: F401  declares the exams
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
@@ -21,11 +22,12 @@ from tensorsurgeon.engines import ENGINES, Engine
 from tensorsurgeon.errors import SurgeonError, UsageError, nearest
 from tensorsurgeon.plan import make_plan
 from tensorsurgeon.recipe import Recipe, load_recipes, recipe_schema
-from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
+from tensorsurgeon.registry import DERIVATIONS, EXAMS, OPERATIONS, Spec
 from tensorsurgeon.report.files import check_report, findings_json, write_report
 from tensorsurgeon.report.reference import reference_text
 from tensorsurgeon.report.text import findings_text, plan_text, written_text
 from tensorsurgeon.running import Running, run_under
+from tensorsurgeon.signature import Parameter
 from tensorsurgeon.sizes import parse_part, parse_size
 from tensorsurgeon.writer import check_destination, write_plan
 
@@ -62,11 +64,11 @@ class _Group(click.Group):
 
 
 def commands() -> click.Group:
-    """Return the command line: a command for each exam and each operation, `run`, and `reference`."""
+    """Return the command line: a command for each exam, operation and derivation, `run`, and `reference`."""
     group = _Group(help="Operate on LLM checkpoints where they lie.", epilog=EXIT_STATUS)
     click.version_option(__version__, message="%(version)s")(group)
-    for spec in EXAMS.values():
-        group.add_command(_exam_command(spec))
+    for spec in (*EXAMS.values(), *DERIVATIONS.values()):
+        group.add_command(_finding_command(spec))
     for spec in OPERATIONS.values():
         group.add_command(_operation_command(spec))
     group.add_command(_run_command())
@@ -78,23 +80,25 @@ def _command(name: str, callback: Callable[..., int], summary: str, params: list
     return click.Command(name, callback=callback, help=summary, params=params, epilog=EXIT_STATUS)
 
 
-def _exam_command(spec: Spec) -> click.Command:
+def _finding_command(spec: Spec) -> click.Command:
     own = {parameter.name for parameter in spec.parameters}
 
-    def examine(model: str, as_json: bool, memory: int, threads: int | None, quiet: bool, **given: Any) -> int:
+    def find(as_json: bool, memory: int, threads: int | None, quiet: bool, **given: Any) -> int:
         places = {name: Path(given[name]) for name in ("html", "csv", "plot") if given[name]}
         check_report(**places)
-        subject: Any = model if spec.takes_location else open_checkpoint(model)
+        location = given[spec.subject]
+        subject: Any = location if spec.takes_location else open_checkpoint(location)
         with run_under(Running(memory, threads or 0, quiet=quiet or as_json)):
             findings = spec.function(subject, **_present({name: given[name] for name in own}))
         _print(findings_json(findings) if as_json else findings_text(findings))
-        operands = [model, *(str(given[it.name]) for it in spec.operands)]
+        operands = [location, *(str(given[it.name]) for it in spec.operands)]
         write_report(findings, " ".join([spec.name, *operands]), **places)
         return WRONG if findings.problems else 0
 
-    params = [click.Argument(["model"]), *map(_operand, spec.operands), *map(_option, spec.options), *_report_options()]
+    params = [click.Argument([spec.subject]), *map(_operand, spec.operands), *map(_option, spec.options)]
+    params += _report_options()
     meanings = [f"{it.word.upper()}: {it.help}" for it in spec.operands]
-    return _command(spec.name, examine, "\n\n".join([spec.description, *meanings]), params)
+    return _command(spec.name, find, "\n\n".join([spec.description, *meanings]), params)
 
 
 def _operation_command(spec: Spec) -> click.Command:
@@ -126,7 +130,7 @@ def _reference_command() -> click.Command:
         _print(recipe_schema() if as_json else reference_text())
         return 0
 
-    summary = "Print the reference of all operations and exams; with --json the JSON schema of recipes."
+    summary = "Print the reference of all operations, exams and derivations; with --json the JSON schema of recipes."
     return _command("reference", reference, summary, [_json_option()])
 
 
@@ -179,7 +183,7 @@ def _parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Pa
 
 
 def _operand(parameter: Parameter) -> click.Argument:
-    """Return the command-line argument of a parameter that an exam cannot do without."""
+    """Return the command-line argument of a parameter that an exam or derivation cannot do without."""
     return click.Argument([parameter.name])
 
 

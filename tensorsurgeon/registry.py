@@ -1,33 +1,32 @@
-"""Operations and exams, declared once: a typed function with a docstring.
+"""Operations, exams and derivations, declared once: a typed function with a docstring.
 
 From signature and docstring come the checks of its parameters, the options of the command line, the keys of a
 recipe, the JSON schema of recipes, and the reference page. An operation maps a Checkpoint to a Checkpoint and
-moves no data; an exam looks at one, and returns Findings.
+moves no data; an exam looks at one, and returns Findings; a derivation reads a file and writes another.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-import re
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
-from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, ParamSpec, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
 from tensorsurgeon.errors import UsageError, nearest, raise_all
 from tensorsurgeon.notation import NamedLayer, format_layers, format_named_layers
-from tensorsurgeon.parameters import Location
+from tensorsurgeon.parameters import File, Location
+from tensorsurgeon.signature import Parameter, parse_docstring
 
 P = ParamSpec("P")
 
 
 class Findings(NamedTuple):
-    """What an exam found: `tables` of rows by title, and `problems`, of which a sound checkpoint has none.
+    """What an exam or derivation found: `tables` of rows by title, and `problems`, of which a sound model has none.
 
     `details` holds what no cell of a table can: of a tensor, by its `name` (and `model`, where there are two), a
     `histogram` or several `histograms` by what they are of, the largest magnitudes of its `rows` and `columns`, its
@@ -40,48 +39,12 @@ class Findings(NamedTuple):
     shown: Mapping[str, Sequence[str]] = {}
 
 
-class Parameter(NamedTuple):
-    """One parameter of an operation or exam."""
-
-    name: str
-    annotation: Any
-    default: Any
-    help: str
-
-    @property
-    def word(self) -> str:
-        """Its name in recipes: one that Python keeps for itself has an underscore behind it there."""
-        return self.name.rstrip("_")
-
-    @property
-    def required(self) -> bool:
-        """Whether there is no default."""
-        return self.default is inspect.Parameter.empty
-
-    @property
-    def type(self) -> Any:
-        """The annotation without `Annotated` and `| None`."""
-        annotation = self.annotation
-        if get_origin(annotation) in (Union, types.UnionType):
-            (annotation,) = (part for part in get_args(annotation) if part is not type(None))
-        return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-    @property
-    def repeated(self) -> bool:
-        """Whether it has several entries, given one by one on the command line."""
-        return get_origin(self.type) is dict or self.type in (tuple[Any, ...], tuple[float, ...])
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The words it may be; empty where it is not a choice of words."""
-        return get_args(self.type) if get_origin(self.type) is Literal else ()
-
-
 @dataclass(frozen=True)
 class Spec:
-    """What is known of an operation or exam: its name in recipes and on the command line, and its parameters.
+    """What is known of an operation, exam or derivation: its name wherever it is called, and its parameters.
 
-    `function` checks its parameters itself; an operation also records its step.
+    `function` checks its parameters itself; an operation also records its step. `subject` is what the command line
+    calls the model or file that it is about.
     """
 
     name: str
@@ -90,10 +53,11 @@ class Spec:
     description: str
     parameters: tuple[Parameter, ...]
     takes_location: bool = False
+    subject: str = "model"
 
     @property
     def operands(self) -> tuple[Parameter, ...]:
-        """The parameters without a default: of an exam, what the command line takes by its place."""
+        """The parameters without a default: of all but operations, what the command line takes by its place."""
         return tuple(parameter for parameter in self.parameters if parameter.required)
 
     @property
@@ -146,6 +110,7 @@ class Spec:
 
 OPERATIONS: dict[str, Spec] = {}
 EXAMS: dict[str, Spec] = {}
+DERIVATIONS: dict[str, Spec] = {}
 
 
 def operation(function: Callable[P, Checkpoint]) -> Callable[P, Checkpoint]:
@@ -164,14 +129,23 @@ def operation(function: Callable[P, Checkpoint]) -> Callable[P, Checkpoint]:
 
 def exam(function: Callable[P, Findings]) -> Callable[P, Findings]:
     """Declare an exam: its parameters are checked at each call."""
+    return _declare_finder(function, EXAMS)
+
+
+def derivation(function: Callable[P, Findings]) -> Callable[P, Findings]:
+    """Declare a derivation: its first parameter is the file that it reads, and all are checked at each call."""
+    return _declare_finder(function, DERIVATIONS)
+
+
+def _declare_finder(function: Callable[P, Findings], registry: dict[str, Spec]) -> Callable[P, Findings]:
     spec = _declare(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Findings:
-        model, parameters = _bind(spec, args, kwargs)
-        return function(model, **parameters)
+        subject, parameters = _bind(spec, args, kwargs)
+        return function(subject, **parameters)
 
-    EXAMS[spec.name] = replace(spec, function=call)
+    registry[spec.name] = replace(spec, function=call)
     return call
 
 
@@ -221,7 +195,7 @@ def _recorded(value: Any) -> Any:
 
 
 def _declare(function: Callable[..., Any]) -> Spec:
-    description, arguments = _docstring(inspect.getdoc(function) or "")
+    description, arguments = parse_docstring(inspect.getdoc(function) or "")
     hints = get_type_hints(function, include_extras=True)
     subject, *signature = inspect.signature(function).parameters.values()
     missing = [parameter.name for parameter in signature if parameter.name not in arguments]
@@ -229,18 +203,22 @@ def _declare(function: Callable[..., Any]) -> Spec:
         raise TypeError(f"{function.__name__}: its docstring does not explain {', '.join(missing)}.")
     parameters = tuple(Parameter(each.name, hints[each.name], each.default, arguments[each.name]) for each in signature)
     name = function.__name__.replace("_", "-")
-    if name in OPERATIONS or name in EXAMS:
-        raise TypeError(f"{function.__name__}: there is an operation or exam of that name already.")
+    if any(name in registry for registry in (OPERATIONS, EXAMS, DERIVATIONS)):
+        raise TypeError(f"{function.__name__}: there is an operation, exam or derivation of that name already.")
     summary = description.split("\n\n")[0]
-    return Spec(name, function, summary, description, parameters, hints[subject.name] is Location)
+    # A subject that is a file goes by its own name; any other is a model.
+    kind = hints[subject.name]
+    called = subject.name if kind is File else "model"
+    return Spec(name, function, summary, description, parameters, kind in (Location, File), called)
 
 
 def _bind(spec: Spec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the model that a call is about, and its other parameters, checked."""
+    """Return the model or file that a call is about, and its other parameters, checked."""
     if not args:
-        raise UsageError(f"{spec.name}: give the checkpoint first.")
+        raise UsageError(f"{spec.name}: give the {'checkpoint' if spec.subject == 'model' else spec.subject} first.")
     if not isinstance(args[0], (str, os.PathLike) if spec.takes_location else Checkpoint):
-        wanted = "a directory or hub id" if spec.takes_location else "a Checkpoint, as tensorsurgeon.open gives"
+        location = "a directory or hub id" if spec.subject == "model" else "a file"
+        wanted = location if spec.takes_location else "a Checkpoint, as tensorsurgeon.open gives"
         raise UsageError(f"{spec.name}: the first argument is {type(args[0]).__name__}, not {wanted}.")
     names = [parameter.name for parameter in spec.parameters]
     if len(args) - 1 > len(names):
@@ -248,11 +226,3 @@ def _bind(spec: Spec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     placed = dict(zip(names, args[1:], strict=False))
     raise_all(UsageError, (f"{spec.name}: {name} is given twice." for name in placed if name in kwargs))
     return args[0], spec.check({**placed, **kwargs})
-
-
-def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Return a Google-style docstring's description, and the help of each argument."""
-    head, *sections = re.split(r"^(Args|Returns|Raises):\n", text, flags=re.MULTILINE)
-    blocks = dict(zip(sections[::2], sections[1::2], strict=True))
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", blocks.get("Args", ""), flags=re.MULTILINE)
-    return head.strip(), {name: " ".join(words.split()) for name, words in entries}

@@ -211,8 +211,7 @@ def find_roles(shapes: Mapping[str, Shape], config: Config, stack: LayerStack | 
     """
     parts = list(config_parts(config, text_config_path(config)))[::-1]
     model_type = next((part["model_type"] for part in parts if part.get("model_type")), "")
-    keys = ("hidden_size", "n_embd", "d_model", "dim")
-    hidden = next((part[key] for part in parts for key in keys if isinstance(part.get(key), int)), None)
+    hidden = hidden_size(config)
     linear = {match[1] for match in map(_LINEAR_ATTENTION.fullmatch, shapes) if match}
     layers = {name: layer_name(name) for name in shapes}
     extra = {(at.prefix, at.index) for at in layers.values() if at and at.rest.startswith("eh_proj.")}
@@ -228,8 +227,15 @@ def find_roles(shapes: Mapping[str, Shape], config: Config, stack: LayerStack | 
     return roles
 
 
-def find_role(name: str, shape: Shape, model_type: str = "", hidden_size: int | None = None) -> Role:
-    """Return the role of one tensor; `model_type` and `hidden_size` are those of the language model."""
+def hidden_size(config: Config) -> int | None:
+    """Return the width of the language model's residual stream, where its config tells."""
+    parts = list(config_parts(config, text_config_path(config)))[::-1]
+    keys = ("hidden_size", "n_embd", "d_model", "dim")
+    return next((part[key] for part in parts for key in keys if isinstance(part.get(key), int)), None)
+
+
+def find_role(name: str, shape: Shape, model_type: str = "", hidden: int | None = None) -> Role:
+    """Return the role of one tensor; `model_type` and `hidden` size are those of the language model."""
     at = layer_name(name)
     rest = at.rest if at else name
     match = _SUFFIX.fullmatch(rest)
@@ -243,10 +249,10 @@ def find_role(name: str, shape: Shape, model_type: str = "", hidden_size: int | 
     if role is None or (role.group == "norm" and len(shape) > 1):
         return Role("other", tower, kind, suffix=suffix)
     part = module.removesuffix(".N").rpartition(".")[2] if role.part == "-" else role.part
-    layout = _layout(role, shape, model_type, hidden_size) if kind == "weight" else ""
+    layout = _layout(role, shape, model_type, hidden) if kind == "weight" else ""
     fused = role.fused
     if fused == "?":  # GPT-BigCode has heads one after the other, but for a single key and value for all of them.
-        fused = "per head" if model_type == "gpt_bigcode" and shape[0] == 3 * (hidden_size or 0) else "blocks"
+        fused = "per head" if model_type == "gpt_bigcode" and shape[0] == 3 * (hidden or 0) else "blocks"
     return role._replace(part=part, kind=kind, layout=layout, fused=fused, suffix=suffix)
 
 

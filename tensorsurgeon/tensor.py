@@ -115,7 +115,7 @@ class LazyTensor:
     def fixed_memory(self) -> int:
         """Bytes of memory that computing takes besides, however few the rows: inputs that are read as a whole."""
         whole = sum(
-            it.tensor.row_memory * (it.tensor.piece_rows if it.streamed else it.tensor.rows)
+            it.tensor.row_memory * min(it.tensor.piece_rows if it.streamed else it.tensor.rows, it.tensor.rows)
             for it in self.inputs
             if not it.rows
         )

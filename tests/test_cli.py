@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import make
 import tensorsurgeon as ts
 from tensorsurgeon import cli
-from tensorsurgeon.registry import EXAMS, OPERATIONS
+from tensorsurgeon.registry import DERIVATIONS, EXAMS, OPERATIONS
 
 EXIT_STATUS = "Exit status: 0 done, 1 failed, 2 not understood, 3 an exam found something wrong, 130 interrupted."
-COMMANDS = [*EXAMS, *OPERATIONS, "run", "reference"]
+COMMANDS = [*EXAMS, *OPERATIONS, *DERIVATIONS, "run", "reference"]
 
 
 class Said(NamedTuple):
@@ -80,9 +82,9 @@ def test_help_lists_every_parameter_and_ends_with_the_exit_statuses(run: Run, co
     assert (said.status, said.err) == (0, "")
     shown = words(said.out)
     assert shown.endswith(EXIT_STATUS)
-    spec = {**EXAMS, **OPERATIONS}.get(command)
+    spec = {**EXAMS, **OPERATIONS, **DERIVATIONS}.get(command)
     for parameter in spec.parameters if spec else ():
-        operand = parameter.required and command in EXAMS
+        operand = parameter.required and command not in OPERATIONS
         assert (f"{parameter.word.upper()}: " if operand else f"--{parameter.word.replace('_', '-')}") in shown
         assert words(parameter.help) in shown
     if command in (*OPERATIONS, "run"):
@@ -270,6 +272,7 @@ def test_the_dry_run_of_every_operation_prints_json_and_writes_nothing(
     run: Run, plain: Path, fp8: Path, tmp_path: Path, name: str
 ) -> None:
     ts.write(ts.ops.extract_lora(ts.open(plain), base=str(fp8), rank=4), adapter := tmp_path / "adapter")
+    save_file({"directions": torch.eye(192)[:3].contiguous()}, tmp_path / "directions.safetensors")
     given = {
         "cast": ["--dtype", "float16"],
         "keep-layers": ["--first", "2"],
@@ -277,6 +280,7 @@ def test_the_dry_run_of_every_operation_prints_json_and_writes_nothing(
         "extract-lora": ["--base", fp8, "--rank", "4"],
         "merge-lora": ["--adapter", adapter],
         "perturb": ["--method", "ablate", "--level", "0.5", "--group", "mlp"],
+        "project": ["--directions", tmp_path / "directions.safetensors"],
     }
     needs_layers = any(each.name == "layers" and each.required for each in OPERATIONS[name].parameters)
     options = given.get(name, ["--layers", "1"] if needs_layers else [])
@@ -384,9 +388,10 @@ def test_the_reference_has_every_operation_and_exam_with_every_parameter(run: Ru
     further = {"diff": " OTHER", "noise": " QUANTIZED"}
     operands = [(name, "SRC DEST") for name in OPERATIONS]
     operands += [(name, f"MODEL{further.get(name, '')}") for name in EXAMS]
+    operands += [("directions", "ACTIVATIONS OUT")]
     assert headings == [f"#### `{name} {operand}`" for name, operand in operands]
     for section, (name, _) in zip(text.split("#### ")[1:], operands, strict=True):
-        spec = {**OPERATIONS, **EXAMS}[name]
+        spec = {**OPERATIONS, **EXAMS, **DERIVATIONS}[name]
         rows = [line for line in section.splitlines() if line.startswith("| `")]
         assert [row.split("`")[1] for row in rows] == [each.name for each in spec.parameters]
         assert all(each.help in row for row, each in zip(rows, spec.parameters, strict=True))

@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MANNEQUIN
+from safetensors.torch import save_file
 
 import make
 from tensorsurgeon.cli import main
@@ -15,6 +17,27 @@ from tensorsurgeon.cli import main
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 SIZES = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
 MLP = {"gate_proj": (12288, 4096), "up_proj": (12288, 4096), "down_proj": (4096, 12288)}
+
+
+QWEN25 = {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2,
+          "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True, "model_type": "qwen2",
+          "architectures": ["Qwen2ForCausalLM"]}  # fmt: skip
+
+
+def described_qwen25() -> dict[str, tuple[str, list[int]]]:
+    """Return Qwen2.5-3B by names and shapes."""
+    attention = {"q_proj": (2048, 2048), "k_proj": (256, 2048), "v_proj": (256, 2048), "o_proj": (2048, 2048)}
+    linear = {f"self_attn.{name}": size for name, size in attention.items()}
+    linear |= {"mlp.gate_proj": (11008, 2048), "mlp.up_proj": (11008, 2048), "mlp.down_proj": (2048, 11008)}
+    tensors: dict[str, tuple[str, list[int]]] = {"model.embed_tokens.weight": ("BF16", [151936, 2048])}
+    for layer in range(36):
+        prefix = f"model.layers.{layer}."
+        tensors |= {f"{prefix}{name}.weight": ("BF16", list(size)) for name, size in linear.items()}
+        tensors |= {f"{prefix}self_attn.{name}.bias": ("BF16", [attention[name][0]]) for name in list(attention)[:3]}
+        tensors |= {
+            f"{prefix}{name}.weight": ("BF16", [2048]) for name in ("input_layernorm", "post_attention_layernorm")
+        }
+    return tensors | {"model.norm.weight": ("BF16", [2048])}
 
 
 def described(quantized: bool) -> dict[str, tuple[str, list[int]]]:
@@ -37,12 +60,18 @@ def described(quantized: bool) -> dict[str, tuple[str, list[int]]]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models that recipes name: 36 layers of zeros that take no disk."""
+    """A folder with what recipes name: models of 36 layers of zeros that take no disk, and a file of directions."""
     hub = tmp_path_factory.mktemp("hub")
     settings = make.config(36, hidden_size=4096, quantization_config=make.fp8_settings())
     make.sparse(hub / "Qwen/Qwen3-8B-FP8", described(quantized=True), settings)
     for name in ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B-Base"):
         make.sparse(hub / name, described(quantized=False), make.config(36, hidden_size=4096))
+    make.sparse(hub / "Qwen/Qwen2.5-3B", described_qwen25(), make.config(36, **QWEN25))
+    generator = torch.Generator().manual_seed(0)
+    bases = {f"L{layer}": torch.randn(2048, 10, generator=generator) for layer in range(36)}
+    save_file(
+        {name: torch.linalg.qr(it)[0].T.contiguous() for name, it in bases.items()}, hub / "languages.safetensors"
+    )
     return hub
 
 
@@ -56,6 +85,7 @@ def test_every_experiment_has_a_recipe() -> None:
         "reverse-a-block", "reverse-first-half", "reverse-second-half", "reverse-all",
         "repeat-one-3", "repeat-one-5", "repeat-one-10", "keep-a-subset",
         "stitch-base-and-instruct", "mergekit-self-stack", "method-a", "method-b",
+        "kernel-surgery",
     }  # fmt: skip
 
 

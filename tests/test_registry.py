@@ -23,6 +23,7 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test declare operations without leaving them to the others."""
     monkeypatch.setattr(registry, "OPERATIONS", {})
     monkeypatch.setattr(registry, "EXAMS", {})
+    monkeypatch.setattr(registry, "DERIVATIONS", {})
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 import make
 import tensorsurgeon as ts
 from tensorsurgeon import cli
-from tensorsurgeon.registry import EXAMS, OPERATIONS
+from tensorsurgeon.registry import DERIVATIONS, EXAMS, OPERATIONS
 from tensorsurgeon.report.reference import reference_text
 
 PACKAGE = Path(ts.__file__).parent
@@ -43,14 +43,14 @@ ORDER = (
     ("module_lists",),
     ("arrangement", "engines"),
     ("sequence",),
-    ("plan", "parameters"),
+    ("plan", "parameters", "signature"),
     ("registry",),
     ("receipt", "sharing", "durable"),
     ("stream",),
     ("writer",),
     ("ops",),
     ("mergekit",),
-    ("exams", "recipe"),
+    ("exams", "derivations", "recipe"),
     ("report",),
     ("cli",),
     ("__init__", "__main__"),
@@ -64,8 +64,9 @@ LIGHT = (
     "names", "shaping", "variants", "yaml_lines",
     "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming",
     "module_lists", "arrangement", "sequence", "lora", "running", "fused", "groups",
-    "engines", "plan", "parameters", "registry", "receipt", "sharing", "stream",
-    "durable", "writer", "quantized", "ops", "mergekit", "recipe", "cli", "report", "__init__", "__main__",
+    "engines", "plan", "parameters", "signature", "registry", "receipt", "sharing", "stream",
+    "durable", "writer", "quantized", "ops", "mergekit", "derivations", "recipe", "cli", "report",
+    "__init__", "__main__",
     "exams/__init__", "exams/cancellation", "exams/change_tables", "exams/changes", "exams/claims", "exams/documents",
     "exams/duplicates",
     "exams/health", "exams/integrity", "exams/lines", "exams/overview", "exams/selection", "exams/streaming",
@@ -169,10 +170,10 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
         if unit(module) != "kernels"
     }
     assert {module for module, used in users.items() if used} == {
-        "lora", "ops/accounting", "ops/arranging", "ops/dtypes", "ops/extracting", "ops/merging", "ops/perturbation",
-        "ops/principal", "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/alignment",
-        "exams/cancellation", "exams/changes", "exams/health", "exams/integrity", "exams/lines",
-        "exams/residuals", "exams/vitals",
+        "derivations/subspaces", "lora", "ops/accounting", "ops/arranging", "ops/directions_file", "ops/dtypes",
+        "ops/extracting", "ops/merging", "ops/perturbation", "ops/principal", "ops/projecting", "ops/projection",
+        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/alignment", "exams/cancellation",
+        "exams/changes", "exams/health", "exams/integrity", "exams/lines", "exams/residuals", "exams/vitals",
     }  # fmt: skip
 
 
@@ -210,19 +211,24 @@ def test_what_needs_numbers_loads_a_library_of_them(tmp_path: Path) -> None:
 
 def test_the_exported_names() -> None:
     assert ts.__all__ == [
-        "Checkpoint", "__version__", "exams", "levels", "load_recipe", "load_recipes", "make_recipe", "open", "ops",
-        "write",
+        "Checkpoint", "__version__", "derivations", "exams", "levels", "load_recipe", "load_recipes", "make_recipe",
+        "open", "ops", "write",
     ]  # fmt: skip
     assert ts.ops.__all__ == [
-        "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "perturb", "repeat_layers",
+        "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "perturb", "project",
+        "repeat_layers", "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
+    ]  # fmt: skip
+    assert ts.ops.__all__ == [
+        "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "project", "repeat_layers",
         "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
     assert ts.exams.__all__ == ["autopsy", "diff", "inspect", "noise", "verify"]
-    for module in (ts, ts.ops, ts.exams):
+    assert ts.derivations.__all__ == ["directions"]
+    for module in (ts, ts.ops, ts.exams, ts.derivations):
         assert all(hasattr(module, name) for name in module.__all__)
 
 
-@pytest.mark.parametrize(("folder", "registry"), [("ops", OPERATIONS), ("exams", EXAMS)])
+@pytest.mark.parametrize(("folder", "registry"), [("ops", OPERATIONS), ("exams", EXAMS), ("derivations", DERIVATIONS)])
 def test_what_is_declared_is_exported_and_in_every_face(folder: str, registry: dict[str, object]) -> None:
     exported = {name.replace("_", "-") for name in getattr(ts, folder).__all__}
     declared = {
@@ -231,7 +237,7 @@ def test_what_is_declared_is_exported_and_in_every_face(folder: str, registry: d
         if unit(module) == folder
         for node in tree.body
         if isinstance(node, ast.FunctionDef)
-        and any(isinstance(it, ast.Name) and it.id in ("operation", "exam") for it in node.decorator_list)
+        and any(isinstance(it, ast.Name) and it.id in ("operation", "exam", "derivation") for it in node.decorator_list)
     }
     assert declared == exported == set(registry)
     assert declared <= set(cli.commands().commands)

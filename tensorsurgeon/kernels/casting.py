@@ -32,10 +32,19 @@ def cast_block(block: Block, dtype: str) -> Block:
         return Block(dtype, block.shape, b"")
     numbers = torch.frombuffer(block.data, dtype=TORCH[block.dtype])
     rounded = torch.empty(len(numbers), dtype=TORCH[dtype])
+    round_into(rounded, numbers, dtype)
+    return Block(dtype, block.shape, rounded.view(torch.uint8).numpy().data)
+
+
+def round_into(rounded: torch.Tensor, numbers: torch.Tensor, dtype: str) -> None:
+    """Put numbers, which lie in one dimension, rounded to nearest, where there is room for as many of `dtype`.
+
+    Raises:
+        RefusedError: where a finite number becomes infinite.
+    """
     for start in range(0, len(numbers), CHUNK):
         part, result = numbers[start : start + CHUNK], rounded[start : start + CHUNK]
         result.copy_(part)
         overflown = torch.isinf(result) & ~torch.isinf(part)
         if overflown.any():
             raise RefusedError(f"holds {part[overflown][0].item():g}, which does not fit {dtype}.")
-    return Block(dtype, block.shape, rounded.view(torch.uint8).numpy().data)

@@ -1,8 +1,9 @@
-"""The reference page of all operations and exams, read off their declarations."""
+"""The reference page of all operations, exams and derivations, read off their declarations."""
 
 from __future__ import annotations
 
-from tensorsurgeon.registry import EXAMS, OPERATIONS, Parameter, Spec
+from tensorsurgeon.registry import DERIVATIONS, EXAMS, OPERATIONS, Spec
+from tensorsurgeon.signature import Parameter
 
 
 def reference_text() -> str:
@@ -12,12 +13,15 @@ def reference_text() -> str:
         *map(_section, OPERATIONS.values()),
         "### Exams",
         *map(_section, EXAMS.values()),
+        "### Derivations",
+        *map(_section, DERIVATIONS.values()),
     ]
     return "\n\n".join(parts)
 
 
 def _section(spec: Spec) -> str:
-    operands = " ".join(["MODEL", *(it.word.upper() for it in spec.operands)]) if spec.name in EXAMS else "SRC DEST"
+    placed = " ".join([spec.subject.upper(), *(it.word.upper() for it in spec.operands)])
+    operands = "SRC DEST" if spec.name in OPERATIONS else placed
     lines = [f"#### `{spec.name} {operands}`", "", spec.description]
     if spec.parameters:
         lines += ["", "| parameter | default | meaning |", "|---|---|---|"]
@@ -28,8 +32,9 @@ def _section(spec: Spec) -> str:
 def _default(parameter: Parameter) -> str:
     if parameter.required:
         return "required"
-    words = {"None": "-", "False": "no", "True": "yes"}
-    return words.get(str(parameter.default), f"`{parameter.default}`")
+    if isinstance(parameter.default, bool):
+        return "yes" if parameter.default else "no"
+    return "-" if parameter.default is None else f"`{parameter.default}`"
 
 
 def _meaning(parameter: Parameter) -> str:

@@ -344,6 +344,32 @@ def measure_dequantize(setup: Setup) -> list[Figure]:
     ]
 
 
+def measure_project(setup: Setup) -> list[Figure]:
+    """Compare the projection of all that layers add to the residual stream with a `cast` of the same weights."""
+    with workplace(setup) as place:
+        source, dest, directions = place / "source", place / "dest", place / "directions.npz"
+        synthetic.write(source, setup.plain.shapes(), setup.plain.config(), setup.shard_size, normal=True)
+        synthetic.write_directions(directions, setup.plain, 10)
+        options = ["--directions", directions, "--weights", "mlp.down,attention.o", "--quiet"]
+        projecting = surgeon("project", source, dest, *options)
+        casting = ["--dtype", "float16", "--tensors", "*.down_proj.weight,*.o_proj.weight", "--quiet"]
+        size = directory_size(source)
+
+        def timed(command: list[str]) -> Run:
+            prepare(dest, source, size)
+            return run(command)
+
+        mine, other = alternate(
+            setup.runs, lambda: timed(projecting), lambda: timed(surgeon("cast", source, dest, *casting))
+        )
+    title = f"project, {2 * setup.plain.layers} weights in {size / 1e9:.2f} GB, with a cast of the same"
+    return [
+        Figure(f"{title}: wall", "s", [it.wall for it in mine], [it.wall for it in other], 1.5),
+        Figure(f"{title}: CPU", "s", [it.cpu for it in mine], [it.cpu for it in other]),
+        Figure(f"{title}: peak memory", "MB", [it.peak / 1e6 for it in mine], [it.peak / 1e6 for it in other]),
+    ]
+
+
 def phases(source: Path, dest: Path, size: int) -> dict[str, float]:
     """Return the seconds that each phase of `dequantize` takes when the next only begins after it."""
     prepare(dest, source, size)
@@ -681,6 +707,7 @@ MEASUREMENTS = {
     "extract-lora": measure_extract_lora,
     "dequantize": measure_dequantize,
     "perturb": measure_perturb,
+    "project": measure_project,
     "autopsy": measure_autopsy,
     "diff": measure_diff,
     "memory": measure_memory,

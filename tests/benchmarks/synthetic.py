@@ -78,6 +78,13 @@ class Qwen3(NamedTuple):
         }
 
 
+def write_directions(path: Path, model: Qwen3, count: int) -> None:
+    """Write random directions for each layer of a model, as rows."""
+    random = np.random.default_rng(0)
+    bases = [np.linalg.qr(random.standard_normal((model.hidden, count)))[0].T for _ in range(model.layers)]
+    np.savez(path, **{f"L{layer}": basis.astype(np.float32) for layer, basis in enumerate(bases)})
+
+
 def as_llama(model: Qwen3) -> tuple[Shapes, dict[str, Any]]:
     """Return the tensors and config of a Llama of a Qwen3's sizes, with a head of its own."""
     shapes = {name: it for name, it in model.shapes().items() if not name.endswith(("q_norm.weight", "k_norm.weight"))}
