@@ -16,7 +16,7 @@ from tabulate import tabulate
 from tensorsurgeon import ops
 from tensorsurgeon.cli import commands
 from tensorsurgeon.families import REFUSED
-from tensorsurgeon.recipe import make_recipe
+from tensorsurgeon.recipe import load_recipes, make_recipe
 from tensorsurgeon.report.reference import reference_text
 
 TOP = Path(__file__).parent.parent
@@ -80,9 +80,13 @@ def test_there_are_commands_in_the_readme() -> None:
     assert len(command_lines()) >= 4
 
 
-def test_the_recipe_of_the_readme_is_one() -> None:
-    (text,) = fenced("yaml")
-    assert [step.name for step in make_recipe(yaml.safe_load(text)).steps] == ["dequantize", "drop-layers"]
+def test_the_recipes_of_the_readme_are_some(tmp_path: Path) -> None:
+    one, several = fenced("yaml")
+    assert [step.name for step in make_recipe(yaml.safe_load(one)).steps] == ["dequantize", "drop-layers"]
+    (tmp_path / "several.yaml").write_text(several)
+    dests = [it.dest for it in load_recipes(tmp_path / "several.yaml")]
+    gauss = [f"degraded/mult-gauss-{level}-{seed}" for level in (0, 0.35, 0.7, 1.05, 1.4) for seed in (42, 43, 44)]
+    assert dests == [*gauss, *(f"degraded/uniform-quant-{level}-0" for level in (1024, 256, 64, 16, 4))]
 
 
 def test_the_python_of_the_readme_uses_what_there_is() -> None:
