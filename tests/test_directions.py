@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -200,6 +203,21 @@ def test_the_same_bytes_come_of_any_number_of_threads(tmp_path: Path) -> None:
         with run_under(Running(memory, threads)):
             ts.derivations.directions(file, str(tmp_path / f"{threads}.safetensors"))
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "8.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_do_not_depend_on_the_threads_of_libraries(method: str, tmp_path: Path) -> None:
+    """Each number of threads is that of a process of its own, as libraries read it when they are loaded."""
+    random = np.random.default_rng(0)
+    file = saved(tmp_path / "a.npz", {f"{group}_L0": random.standard_normal((300, 1024)) for group in "ab"})
+    made = []
+    for threads in ("1", "2"):
+        place = tmp_path / f"{threads}.safetensors"
+        command = [sys.executable, "-m", "tensorsurgeon", "directions", file, str(place), "--method", method, "--quiet"]
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+        subprocess.run(command, check=True, env=os.environ | limits)
+        made.append(place.read_bytes())
+    assert made[0] == made[1]
 
 
 def test_what_is_no_activation_is_listed(tmp_path: Path) -> None:

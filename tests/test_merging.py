@@ -162,6 +162,31 @@ def test_neither_memory_nor_threads_change_a_byte(base: Path, tmp_path: Path, me
     assert usual["files"] == other["files"]
 
 
+def test_bytes_do_not_depend_on_the_threads_that_torch_may_use(tmp_path: Path) -> None:
+    """The rank is high enough for a library to share sums among threads, which changes their order."""
+    generator = torch.Generator().manual_seed(0)
+    name, rank = "model.layers.0.mlp.down_proj", 1024
+    tensors = {f"{name}.weight": torch.randn(128, 1024, generator=generator)}
+    source = make.save(tmp_path / "source", tensors, make.config(1, hidden_size=128, intermediate_size=1024))
+    factors = {"A": torch.randn(rank, 1024, generator=generator), "B": torch.randn(128, rank, generator=generator)}
+    (tmp_path / "adapter").mkdir()
+    save_file({f"base_model.model.{name}.lora_{key}.weight": it for key, it in factors.items()},
+              tmp_path / "adapter" / "adapter_model.safetensors")  # fmt: skip
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["down_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    merged = ts.ops.merge_lora(ts.open(source), adapter=str(tmp_path / "adapter"))
+    before = torch.get_num_threads()
+    made = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            made.append(bytes(merged[f"{name}.weight"].read().data))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert made[0] == made[1]
+
+
 def damaged(adapter: Path, place: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor | None) -> Path:
     """Write an adapter with other settings and tensors; None takes one out."""
     place.mkdir()

@@ -1,6 +1,9 @@
 """Directions in which groups of samples differ: from activations (samples, width) of each to an orthonormal basis.
 
 All in float64. The first so many directions of a basis are what fewer would have been.
+
+Products and decompositions are torch's, each on one thread: NumPy has a library for them whose threads nothing but the
+environment sets, and whose last bits depend on how many there are.
 """
 
 from __future__ import annotations
@@ -9,9 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.kernels.archives import Numbers
+from tensorsurgeon.kernels.deltas import one_thread_each
 
 NOISE = 1e-10
 """Singular values up to this share of the largest are taken for rounding."""
@@ -41,6 +46,7 @@ class Method(NamedTuple):
     means: bool = False
 
 
+@one_thread_each()
 def find_contrast(method: str, groups: Sequence[Numbers], rank: int) -> Contrast:
     """Return the first so many directions.
 
@@ -51,12 +57,12 @@ def find_contrast(method: str, groups: Sequence[Numbers], rank: int) -> Contrast
     known = int((squares > NOISE**2 * squares[:1]).sum())
     if rank > known:
         raise RefusedError(f"{method} finds {known} directions here, not the {rank} of rank.")
-    basis = np.linalg.qr(vectors[:rank].T)[0].T
+    basis = torch.linalg.qr(_tensor(vectors[:rank].T))[0].T.numpy()
     # QR turns some round; what they point to is kept.
     basis *= np.sign(np.einsum("ij,ij->i", basis, vectors[:rank]))[:, None]
     every = np.concatenate(groups)
     every -= every.mean(0)
-    of_all = np.square(every @ basis.T).sum() / np.square(every).sum()
+    of_all = np.square(_product(every, basis.T)).sum() / np.square(every).sum()
     return Contrast(basis, float(squares[:rank].sum() / squares.sum()), float(of_all))
 
 
@@ -88,16 +94,16 @@ def _whitened_difference(groups: Sequence[Numbers]) -> tuple[Numbers, Numbers]:
     """
     sizes = np.array([len(group) for group in groups], np.float64)
     means = np.stack([group.mean(0) for group in groups])
-    total = sizes @ means / sizes.sum()
+    total = _product(sizes, means) / sizes.sum()
     between = (means - total) * np.sqrt(sizes)[:, None]
     within = np.concatenate([group - mean for group, mean in zip(groups, means, strict=True)])
     if not within.any():
         raise RefusedError("no sample differs from the mean of its group; there is nothing to whiten by.")
-    solved = np.linalg.solve(shrunk_covariance(within), between.T)
-    values, turned = np.linalg.eigh(between @ solved)
+    solved = torch.linalg.solve(_tensor(shrunk_covariance(within)), _tensor(between.T)).numpy()
+    values, turned = (it.numpy() for it in torch.linalg.eigh(_tensor(_product(between, solved))))
     # The means, weighted so, depend on each other: the least value is rounding.
-    values, turned = values[:0:-1], turned[:, :0:-1]
-    vectors = (solved @ turned).T
+    values, turned = values[:0:-1].copy(), turned[:, :0:-1].copy()
+    vectors = _product(solved, turned).T
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return _pointed(vectors / np.where(lengths, lengths, 1), values.clip(min=0), means)
 
@@ -110,7 +116,7 @@ def shrunk_covariance(centred: Numbers) -> Numbers:
     large-dimensional covariance matrices", Journal of Multivariate Analysis 88 (2004).
     """
     count, width = centred.shape
-    covariance = centred.T @ centred / count
+    covariance = _product(centred.T, centred) / count
     mean = np.trace(covariance) / width
     squares = np.square(covariance).sum()
     spread = squares - width * mean**2
@@ -123,14 +129,23 @@ def shrunk_covariance(centred: Numbers) -> Numbers:
 
 def _principal(rows: Numbers) -> tuple[Numbers, Numbers]:
     """Return the right singular vectors of a matrix, and its singular values squared."""
-    _, values, vectors = np.linalg.svd(rows, full_matrices=False)
-    return vectors, values**2
+    _, values, vectors = torch.linalg.svd(_tensor(rows), full_matrices=False)
+    return vectors.numpy(), values.numpy() ** 2
 
 
 def _pointed(vectors: Numbers, squares: Numbers, means: Numbers) -> tuple[Numbers, Numbers]:
     """Let every direction point to the first group, from the mean of the others."""
-    towards = vectors @ (means[0] - means[1:].mean(0))
+    towards = _product(vectors, means[0] - means[1:].mean(0))
     return vectors * np.where(towards < 0, -1.0, 1.0)[:, None], squares
+
+
+def _product(one: Numbers, other: Numbers) -> Numbers:
+    made: Numbers = (_tensor(one) @ _tensor(other)).numpy()
+    return made
+
+
+def _tensor(numbers: Numbers) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(numbers))
 
 
 METHODS = {

@@ -1,4 +1,7 @@
-"""Add low-rank factors to rows of a weight, in float32, and round once."""
+"""Add low-rank factors to rows of a weight, in float32, and round once.
+
+Each product is made on one thread: of a high rank, a library shares sums among threads, which changes their order.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 
 from tensorsurgeon.kernels.arrays import as_float32
 from tensorsurgeon.kernels.casting import as_block, cast_block
+from tensorsurgeon.kernels.deltas import one_thread_each
 from tensorsurgeon.tensor import Block
 
 
@@ -19,6 +23,7 @@ class Term(NamedTuple):
     dora: bool
 
 
+@one_thread_each()
 def add_factors(
     start: int, weight: Block, others: tuple[Block, ...], terms: tuple[Term, ...], tile: int, dtype: str
 ) -> Block:
