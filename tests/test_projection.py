@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,10 @@ from tensorsurgeon.cli import main
 from tensorsurgeon.errors import FormatError, RefusedError, SurgeonError, UsageError
 from tensorsurgeon.kernels.projecting import GONE
 from tensorsurgeon.plan import make_plan
+from tensorsurgeon.report.text import plan_text
 from tensorsurgeon.running import Running, run_under
+from tensorsurgeon.scratch import Scratch
+from tensorsurgeon.tensor import Block
 from tensorsurgeon.writer import write_plan
 
 WRITERS = "attention.o,mlp.down,expert.down,embedding.token"
@@ -233,6 +239,30 @@ def test_the_report_tells_energies_norms_and_angles(plain: Path, tmp_path: Path)
     assert angles[widest["layer"], widest["and"]] == max(angles.values())
 
 
+def test_several_projections_are_told_of_together(plain: Path, tmp_path: Path) -> None:
+    """Of the second, what is told is of weights that the first has changed already."""
+    each = bases_of_layers(tmp_path / "each.npz")
+    one = saved(tmp_path / "one.npz", u=basis(5, 192, seed=9))
+    first = ts.ops.project(ts.open(plain), each, weights="mlp.down", layers="1-2")
+    second = ts.ops.project(first, one, weights="mlp.down,attention.o", layers="2-3")
+    third = ts.ops.project(second, one, weights="embedding.token")
+    assert "projection" not in first.report["projected"][0]
+    for name, table in third.report.items():
+        told = [it.report.get(name, []) for it in (first, second)]
+        assert table[: len(told[1])] == told[1]
+        unnumbered = [{key: value for key, value in row.items() if key != "projection"} for row in table]
+        assert unnumbered[: len(told[0])] == told[0]
+    places = [(row["projection"], row["layer"]) for row in third.report["projected layers"]]
+    assert places == [(1, 1), (1, 2), (2, 2), (2, 3), (3, None)]
+    assert [row["projection"] for row in third.report["projected"]] == [1, 1, 2, 2, 2, 2, 3]
+    ts.write(second, tmp_path / "made")
+    norms = {(row["projection"], row["tensor"]): row["norm after"] for row in second.report["projected"]}
+    name = "model.layers.2.mlp.down_proj.weight"
+    assert norms[2, name] == pytest.approx(float(make.read(tmp_path / "made")[name].double().norm()), rel=1e-3)
+    assert norms[2, name] < norms[1, name]
+    assert "projection    layer" in plan_text(make_plan(third), tmp_path / "dest")
+
+
 @pytest.mark.parametrize("options", [{}, {"preserve_norms": True}, {"keep": True}, {"scale": 2.0}], ids=str)
 @pytest.mark.parametrize("name", ["llama", "granitemoe", "gpt_oss"])
 def test_the_norms_told_are_those_written(
@@ -334,6 +364,48 @@ def test_bytes_do_not_depend_on_the_threads_that_torch_may_use(tmp_path: Path) -
         finally:
             torch.set_num_threads(before)
     assert made[0] == made[1]
+
+
+MEASURE = """
+import resource, sys
+import tensorsurgeon as ts, tensorsurgeon.kernels.projecting, tensorsurgeon.kernels.bases
+from tensorsurgeon.running import Running, run_under
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with run_under(Running(64 * 2**20, 2)):
+    ckpt = ts.ops.project(ts.open(sys.argv[1]), sys.argv[2], weights="expert.down")
+ts.write(ckpt, sys.argv[3], memory="64MiB", threads=2, quiet=True)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_known_of_thousands_of_experts_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """Held together U'W of these would take 470 MiB, and several times as much of a large model."""
+    experts, shape, rank = 300, [256, 2048], 200
+    names = [f"model.layers.0.mlp.experts.{number}.down_proj.weight" for number in range(experts)]
+    settings = make.config(1, hidden_size=256, model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"])
+    source = make.sparse(tmp_path / "source", dict.fromkeys(names, ("BF16", shape)), settings)
+    file = saved(tmp_path / "d.npz", u=basis(rank, 256))
+    run = [sys.executable, "-c", MEASURE, str(source), file, str(tmp_path / "made")]
+    grown = int(subprocess.run(run, capture_output=True, check=True, text=True).stdout)
+    together = experts * (rank + 1) * shape[1] * 4
+    assert together > 470 * 2**20
+    assert grown < together / 2
+
+
+def test_scratch_is_read_as_it_was_written_and_made_once_by_one_of_many_threads() -> None:
+    scratch, made = Scratch(), []
+
+    def reduce(pieces: Any, number: Block) -> Block:
+        made.append(number.data)
+        return Block("F32", (2, 3), bytes(number.data) * 24)
+
+    kept = [scratch.keep(reduce) for _ in range(50)]
+    blocks = [Block("I8", (1,), bytes([number])) for number in range(50)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda at: kept[at % 50](iter(()), blocks[at % 50]), range(400)))
+    assert all(it == Block("F32", (2, 3), bytes([at % 50]) * 24) for at, it in enumerate(found))
+    assert sorted(made) == [bytes([number]) for number in range(50)]
 
 
 def test_many_tiles_and_pieces_give_what_one_would(tmp_path: Path) -> None:

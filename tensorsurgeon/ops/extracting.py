@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, raise_all
-from tensorsurgeon.format import Span
 from tensorsurgeon.progress import progress_bar
 from tensorsurgeon.quantized import PLAIN
 from tensorsurgeon.roles import Role
 from tensorsurgeon.running import Budget, running
-from tensorsurgeon.tensor import Block, LazyTensor
+from tensorsurgeon.scratch import Scratch
+from tensorsurgeon.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from tensorsurgeon.kernels.deltas import Delta, Pair, Sums
@@ -102,13 +98,12 @@ def extracted(
 
         sums: dict[str, Sums] = {}
         made: dict[str, Extracted] = {}
-        place = _scratch()
+        scratch = Scratch()
         by_name = {module.name: module for module in modules}
-        with open(place, "wb") as file:
-            for name, found in zip(deltas, pool.map(find, deltas), strict=True):
-                sums[name] = found.sums
-                if found.pair:
-                    made[name] = _spilled(found.pair, by_name[name].transposed, file, place)
+        for name, found in zip(deltas, pool.map(find, deltas), strict=True):
+            sums[name] = found.sums
+            if found.pair:
+                made[name] = _spilled(found.pair, by_name[name].transposed, scratch)
     broken = ((name, it.broken) for name, it in sums.items() if it.broken)
     raise_all(RefusedError, (f"{name}: holds NaN or infinity in the {model} model." for name, model in broken))
     if not made:
@@ -116,22 +111,9 @@ def extracted(
     return sums, {module.name: made[module.name] for module in modules if module.name in made}
 
 
-def _scratch() -> Path:
-    """Return a file of this process's own, for factors that are not to fill the memory; it goes with the process."""
-    directory = tempfile.mkdtemp(prefix="tensorsurgeon-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return Path(directory, "factors")
-
-
-def _spilled(pair: Pair, transposed: bool, file: BinaryIO, place: Path) -> Extracted:
+def _spilled(pair: Pair, transposed: bool, scratch: Scratch) -> Extracted:
     """Write factors to a file, and return where they are."""
-
-    def written(block: Block) -> LazyTensor:
-        span = Span(place, file.tell(), len(block.data))
-        file.write(block.data)
-        return LazyTensor(block.dtype, block.shape, span)
-
-    a, b = map(written, pair.blocks(transposed))
+    a, b = (LazyTensor(it.dtype, it.shape, scratch.put(it.data)) for it in pair.blocks(transposed))
     return Extracted(a, b, pair.rank, pair.stored, pair.captured, pair.error, pair.least)
 
 

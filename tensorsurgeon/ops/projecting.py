@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.ops.residual import Target
 from tensorsurgeon.progress import Advance, progress_bar
 from tensorsurgeon.running import Budget, running
+from tensorsurgeon.scratch import Scratch
 from tensorsurgeon.tensor import Block, LazyTensor, Pieces
 
 if TYPE_CHECKING:
     from tensorsurgeon.kernels.projecting import Change, Sums
 
+LAYERS_TABLE, STEP = "projected layers", "projection"
+TABLES = (LAYERS_TABLE, "projected", "bases farthest apart")
+"""What is told of projections."""
 AHEAD = 4
 """Pieces that the system is told of before they are needed."""
 
@@ -76,8 +81,8 @@ class Projection(NamedTuple):
         return (sums_of_experts if self.target.side == "experts" else sums_of_rows)(pieces, self.change)
 
 
-def make_projection(target: Target, source: LazyTensor, change: Change, known: str) -> Projection:
-    """Return how a tensor is projected."""
+def make_projection(target: Target, source: LazyTensor, change: Change, known: str, scratch: Scratch) -> Projection:
+    """Return how a tensor is projected; of thousands of experts U'W would fill the memory, and goes to a file."""
     if target.side != "outputs":
         return Projection(target, source, change, known)
 
@@ -88,7 +93,7 @@ def make_projection(target: Target, source: LazyTensor, change: Change, known: s
 
     shape = (len(change.vectors) + 1, source.shape[1])
     reduced = source.reduced(reduce, dtype="F32", shape=shape, history=f"U'W, squares {known}")
-    return Projection(target, source, change, known, reduced)
+    return Projection(target, source, change, known, replace(reduced, function=scratch.keep(reduce)))
 
 
 def measured(projections: Sequence[Projection]) -> dict[str, Sums]:
@@ -134,6 +139,24 @@ def energies(sums: Sequence[Sums]) -> dict[str, Any]:
         "energy removed": _short(1 - after / before) if before else None,
         "norm before": _short(math.sqrt(before)),
         "norm after": _short(math.sqrt(after)),
+    }
+
+
+def joined(earlier: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tables with the rows of earlier projections before their own, and which projection each row is of.
+
+    There are no numbers where there is only one.
+    """
+    if LAYERS_TABLE not in earlier:
+        return dict(tables)
+    number = 1 + max(row.get(STEP, 1) for row in earlier[LAYERS_TABLE])
+    return {
+        name: [
+            *({STEP: 1, **row} for row in earlier.get(name, ())),
+            *({STEP: number, **row} for row in tables.get(name, ())),
+        ]
+        for name in TABLES
+        if name in earlier or name in tables
     }
 
 

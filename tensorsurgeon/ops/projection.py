@@ -13,12 +13,22 @@ from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import RefusedError, SurgeonError, UsageError, raise_all
 from tensorsurgeon.ops.dequantization import FloatName, as_plain
 from tensorsurgeon.ops.directions_file import Directions, Place, read_directions
-from tensorsurgeon.ops.projecting import Projection, by_layer, energies, make_projection, measured, report_rows
+from tensorsurgeon.ops.projecting import (
+    LAYERS_TABLE,
+    Projection,
+    by_layer,
+    energies,
+    joined,
+    make_projection,
+    measured,
+    report_rows,
+)
 from tensorsurgeon.ops.residual import Target, choose_writers, warnings_of
 from tensorsurgeon.parameters import Count, File, Layers, Words
 from tensorsurgeon.quantized import format_name, fp8_block, quantized_tensors
 from tensorsurgeon.registry import operation
 from tensorsurgeon.running import running
+from tensorsurgeon.scratch import Scratch
 from tensorsurgeon.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -94,15 +104,16 @@ def project(
     plain, exact = (as_plain(ckpt, dtype), as_plain(ckpt)) if decode else (ckpt, ckpt)
     kept = ckpt if requantize else plain
     changes = {place: _change(basis, keep, scale, preserve_norms) for place, basis in found.bases.items()}
+    scratch = Scratch()
+    known = {place: _known(basis, changes[place]) for place, basis in found.bases.items()}
     projections = [
-        make_projection(it, exact[it.name], changes[it.layer], _known(found.bases[it.layer], changes[it.layer]))
-        for it in chosen.targets
+        make_projection(it, exact[it.name], changes[it.layer], known[it.layer], scratch) for it in chosen.targets
     ]
     tensors = dict(kept.tensors)
     for it in projections:
         tensors |= _written(kept, it)
-    report = _report(projections, found.bases)
-    changed = kept.replace(tensors=tensors, report={**kept.report, **report})
+    report = {**kept.report, **joined(kept.report, _report(projections, found.bases))}
+    changed = kept.replace(tensors=tensors, report=report)
     return changed.warn(*found.warnings, *warnings_of(plain, chosen.targets))
 
 
@@ -167,7 +178,7 @@ def _report(projections: Sequence[Projection], bases: Mapping[Place, Basis]) -> 
         row: dict[str, Any] = {"layer": place, "tensors": len(group), "directions": len(bases[place].vectors)}
         row |= energies([sums[it.target.name] for it in group]) if sums else {}
         rows.append(row | ({"angle to the next": next(angles)} if distinct else {}))
-    tables: dict[str, Any] = {"projected layers": rows}
+    tables: dict[str, Any] = {LAYERS_TABLE: rows}
     pairs = _widest_pair(in_layers) if distinct else {}
     return tables | ({"projected": report_rows(projections, sums)} if sums else {}) | pairs
 
