@@ -202,12 +202,12 @@ def head_sizes(config: Mapping[str, Any]) -> set[int]:
 
 
 def heads_of(role: Role, grid: Grid, wanted: frozenset[str], config: Mapping[str, Any]) -> Iterator[Heads]:
-    """Yield the attention heads of the wanted parts of a matrix; nothing of parts that have none.
+    """Yield the attention heads of the wanted parts of a matrix; nothing of parts that have none, nor of norms.
 
     Raises:
         RefusedError: where the config does not say how many there are.
     """
-    parts = parts_of(role)
+    parts = parts_of(role) if role.group != "norm" else ()
     slots = slots_of(role, grid, config) if len(parts) > 1 else {}
     for part in parts:
         kind = part.removesuffix("_b")

@@ -605,6 +605,24 @@ def test_bad_input_is_refused_all_at_once_before_any_work(
     assert all(text in str(caught.value) for text in texts), caught.value
 
 
+def test_norms_have_no_heads(zoo: Callable[[str], Path]) -> None:
+    """One of Qwen 3 is that of every head; a pattern for all names takes the heads of what has some."""
+    ckpt = ts.open(zoo("qwen3"))
+    everything = ts.ops.perturb(ckpt, "ablate", "*", level=0.5, by="head")
+    attention = ts.ops.perturb(ckpt, "ablate", "attention", level=0.5, by="head")
+    changed = [{name for name in it if it[name].span is None} for it in (everything, attention)]
+    assert len(changed[1]) == 24
+    assert changed[0] == changed[1]
+    with pytest.raises(RefusedError, match="none of the chosen tensors has attention heads"):
+        ts.ops.perturb(ckpt, "ablate", "norm", level=0.5, by="head")
+
+
+@pytest.mark.parametrize("method", ["mult-gauss", "add-gauss"])
+def test_a_level_beyond_float32_is_refused_by_name(method: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="numbers become too large for BF16; choose a lower level"):
+        perturbed(source, tmp_path / "dest", method, "mlp", level=1e41)
+
+
 def test_integers_heads_and_parts_that_are_not_known_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="none of the chosen tensors has attention heads"):
         ts.ops.perturb(ts.open(source), "ablate", "mlp", level=0.5, by="head")

@@ -524,6 +524,9 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "nothing to decode": ({"u": basis(1, 192)}, {"dequantize": True}, ["no weight of the model is quantised."]),
     "both at once": ({"u": basis(1, 192)}, {"dequantize": True, "requantize": True}, ["choose one of them."]),
     "rank 0": ({"u": basis(1, 192)}, {"rank": 0}, ["rank"]),
+    "nothing": ({"u": np.zeros((0, 192))}, {}, ["u: has shape [0, 192], and so no directions."]),
+    "a checkpoint": ({f"w{it}": basis(1, 192) for it in "abcdefghij"}, {}, ["wa: its name tells no layer",
+                     "4 more arrays are like these; is this the right file?"]),
     "several": ({"L0": np.zeros((1, 192)), "L1": basis(1, 3)}, {"weights": "mlp.down,mlp.up", "layers": "0-2,7"},
                 ["which does not write", "there is no layer 7", "L0: direction 0 is zero", "L1: has shape",
                  "no directions for layers 2"]),
@@ -539,6 +542,25 @@ def test_bad_input_is_refused_before_any_weight_is_read(
     with pytest.raises((UsageError, RefusedError)) as caught:
         ts.ops.project(ts.open(plain), saved(tmp_path / "d.npz", **arrays), **options)
     assert all(any(message in text for text in caught.value.problems) for message in messages), caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        ({"weights": "mlp.dwon"}, 2),
+        ({"weights": "lm_head"}, 2),
+        ({"layers": "7"}, 2),
+        ({"directions": "missing.npz"}, 2),
+        ({"rank": "6"}, 1),
+    ],
+)
+def test_what_is_not_there_is_not_understood_and_what_does_not_fit_fails(
+    options: dict[str, str], status: int, plain: Path, file: str, tmp_path: Path
+) -> None:
+    given = {"directions": file, **options}
+    words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    assert main(["project", str(plain), str(tmp_path / "made"), *words, "--quiet"]) == status
+    assert not (tmp_path / "made").exists()
 
 
 def test_pickle_and_other_files_are_refused(plain: Path, tmp_path: Path) -> None:

@@ -45,10 +45,12 @@ def make_basis(array: Numbers, width: int, rank: int | None) -> Basis:
     require_finite(array)
     if array.shape == (width, width) and width > 1:
         return _from_projector(array, rank)
+    if not array.size:
+        raise RefusedError(f"has shape {list(array.shape)}, and so no directions.")
     rows = array[None] if array.ndim == 1 else array
     if rows.ndim == 2 and rows.shape[1] != width and rows.shape[0] == width:
         rows = rows.T
-    if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
+    if rows.ndim != 2 or rows.shape[1] != width:
         raise RefusedError(f"has shape {list(array.shape)}, but the residual stream is {width} wide.")
     if rank and rank > len(rows):
         raise RefusedError(f"has {len(rows)} directions, not the {rank} of rank.")

@@ -30,10 +30,13 @@ def noisy(
 ) -> Block:
     """Return `w (1 + level n)`, or, given the standard deviation of each stacked matrix, `w + level std n`."""
     key, table = key_of(seed, *words), normal_table()
-    scales = level * np.frombuffer(deviation[0].data, np.float64) if deviation else np.full(part.grid.stacked, level)
+    exact = level * np.frombuffer(deviation[0].data, np.float64) if deviation else np.full(part.grid.stacked, level)
+    # What is too large for a scale makes numbers too large, which are refused by name.
+    with np.errstate(over="ignore"):
+        scales = exact.astype(np.float32)
 
     def change(slab: Slab, source: Array, taken: int, target: Array, given: int) -> int:
-        runs, scale = slab.runs, np.float32(scales[slab.stacked])
+        runs, scale = slab.runs, scales[slab.stacked]
         add = bool(deviation)
         return int(add_noise(source, taken, target, given, runs.begins, runs.ends, slab.place, key, table, scale, add))
 

@@ -19,6 +19,8 @@ Place = int | None
 
 _LAYER = re.compile(r"(?:.*[^a-z0-9])?(?:(?:l|layers?|h|blocks?)[._-]?)?(\d+)(?:[._-].*)?", re.IGNORECASE | re.DOTALL)
 _ONLY_A_LAYER = re.compile(r"(?:l|layers?)?[._-]?\d+", re.IGNORECASE)
+MOST_SAID = 6
+"""Wrong names of arrays that are told one by one."""
 _POSITIONAL = re.compile(r"arr_\d+")
 """What numpy.savez calls arrays that were given no name, by the place where they stood."""
 
@@ -56,6 +58,10 @@ def read_directions(path: Path, width: int, places: Collection[Place], rank: int
             problems.append(f"{path}: {by_layer[layer]} and {name} are both of layer {layer}.")
         else:
             by_layer[layer] = name
+    if len(problems) > MOST_SAID:
+        problems[MOST_SAID:] = [
+            f"{path}: {len(problems) - MOST_SAID} more arrays are like these; is this the right file?"
+        ]
     if None in places:
         problems.append(f"{path}: holds a basis for each layer; an embedding lies outside of layers, give one for all.")
     missing = sorted(place for place in places if place is not None and place not in by_layer)

@@ -88,6 +88,7 @@ def project(
             usage += problem.problems
             layers = tuple(layer for layer in layers if layer < ckpt.layers.count)
     chosen = choose_writers(ckpt, weights, layers)
+    usage += chosen.usage
     names = [it.name for it in chosen.targets]
     problems = [*chosen.problems, *([] if dequantize or requantize else _quantized_problems(ckpt, names))]
     found = Directions({}, [], [])
@@ -95,7 +96,7 @@ def project(
         try:
             found = read_directions(Path(directions), chosen.width, _places(chosen.targets, layers), rank)
         except SurgeonError as problem:
-            problems += problem.problems
+            (usage if isinstance(problem, UsageError) else problems).extend(problem.problems)
     if keep and any(it.projector for it in found.bases.values()):
         usage.append("project: keep: a projector says itself what it keeps; leave keep out.")
     problems += found.problems

@@ -33,9 +33,10 @@ class Target(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What words and layers choose, and what speaks against it."""
+    """What words and layers choose, what is wrong with the words, and what speaks against the weights."""
 
     targets: list[Target]
+    usage: list[str]
     problems: list[str]
     width: int
 
@@ -46,29 +47,30 @@ def choose_writers(ckpt: Checkpoint, words: Sequence[str], layers: LayerSequence
     Embeddings lie outside of layers, and are chosen whatever the layers.
     """
     width = hidden_size(ckpt.config.value)
-    problems = [] if words else ["weights: names nothing."]
+    usage = [] if words else ["weights: names nothing."]
+    problems: list[str] = []
     if width is None:
-        return Chosen([], [*problems, "config.json: does not say how wide the residual stream is (hidden_size)."], 0)
+        return Chosen([], usage, ["config.json: does not say how wide the residual stream is (hidden_size)."], 0)
     known = [(name, role) for name, role in ckpt.roles.items() if role.group not in ("other", "norm")]
     targets: dict[str, Target] = {}
     for word in words:
         meant = [(name, role) for name, role in known if word in _words(name, role) and role.kind != "companion"]
         if not meant:
             words_there = {each for name, role in known if role.part in WRITERS for each in _words(name, role)}
-            problems.append(f"weights: nothing here is {word!r}.{nearest(word, words_there)}")
+            usage.append(f"weights: nothing here is {word!r}.{nearest(word, words_there)}")
         wrong = [name for name, role in meant if not _writes(role)]
         if wrong:
-            problems.append(f"weights: {word!r} names {wrong[0]!r}, which does not write into the residual stream.")
+            usage.append(f"weights: {word!r} names {wrong[0]!r}, which does not write into the residual stream.")
             continue
         at = {name: None if role.group == "embedding" else ckpt.layers.layer_of(name) for name, role in meant}
         inside = [it for it in meant if layers is None or at[it[0]] is None or at[it[0]] in layers]
         if meant and not inside:
-            problems.append(f"weights: there is no {word!r} in layers {format_layers(layers or ())}.")
+            usage.append(f"weights: there is no {word!r} in layers {format_layers(layers or ())}.")
         for name, role in inside:
             side = _side(role)
             problems += _shape_problems(name, ckpt[name], side, width)
             targets[name] = Target(name, side or "rows", at[name])
-    return Chosen([targets[name] for name in ckpt if name in targets], problems, width)
+    return Chosen([targets[name] for name in ckpt if name in targets], usage, problems, width)
 
 
 def warnings_of(ckpt: Checkpoint, targets: Sequence[Target]) -> Iterator[str]:
