@@ -5,6 +5,7 @@ Results go to standard output, progress and errors to standard error.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -37,6 +38,8 @@ WRONG, INTERRUPTED = 3, 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status."""
+    # A large model is a million small objects that are all kept: to look for garbage among them often is in vain.
+    gc.set_threshold(200_000)
     try:
         return commands().main(arguments, prog_name="tensorsurgeon", standalone_mode=False) or 0
     except click.ClickException as problem:

@@ -16,10 +16,11 @@ _LAYER = re.compile(
 _NOT_THE_STACK = re.compile(r"vision|visual|audio|image|speech|qformer|perceiver|talker|code2wav|(^|\.)mtp")
 
 COMPANION = (
-    r"\.weight_(?:scale(?:_2|_inv|_inverse)?|packed|shape|zero_point|global_scale|g_idx|format)|\.SCB|\.bitmask"
+    r"\.weight_(?:scale(?:_2|_inv|_inverse)?|packed|shape|zero_point|global_scale|g_idx|format|scb)|\.SCB|\.bitmask"
     r"|_scale_inv|_weight_scale(?:_2)?|_input_scale|_blocks|_scales|\.qweight|\.qzeros|\.scales|\.g_idx|\.trellis"
-    r"|\.weight[._](?:absmax|quant_map|nested_\w+|quant_state(?:\.\w+)?)|\._weight_\w+|\.compressed|\.pre_quant_scale"
-    r"|\.input_(?:scale(?:_ub)?|global_scale|zero_point)|\.activation_scale|\.output_scale|\.[kvq]_scale"
+    r"|\.weight[._](?:absmax|quant_map|nested_\w+|quant_state(?:\.\w+)?)|\._weight_\w+|\.compressed|[._]pre_quant_scale"
+    r"|\.svdquant_lora_[ab]|(?<=[kv]_proj)\.[kv]_bias|_activation_scale|\.activation_scale"
+    r"|\.input_(?:scale(?:_ub)?|global_scale|zero_point)|\.output_scale|\.[kvq]_scale"
 )
 """How names end of tensors that describe a quantised weight: the quantised formats of transformers 5 and vLLM 0.32."""
 

@@ -85,6 +85,14 @@ def _parse_ranks(value: Any) -> dict[str, int]:
     return {str(pattern): int(rank) for pattern, rank in value.items()}
 
 
+def _parse_grid(value: Any) -> str:
+    """Return rows and columns, given as text such as 128x128 or as two numbers, as text."""
+    sizes = value.lower().split("x") if isinstance(value, str) else list(value)
+    if len(sizes) != 2 or not all(str(size).strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise UsageError(f"{value!r} is not ROWSxCOLUMNS, such as 128x128")
+    return "x".join(str(int(size)) for size in sizes)
+
+
 def _parse_thresholds(value: Any) -> dict[str, Any]:
     """Return limits by rule, given as a mapping or as a YAML file."""
     if isinstance(value, str | Path):
@@ -122,6 +130,8 @@ Scales = Annotated[tuple[float, ...], *_checked_by(_parse_scales, {"type": ["num
 """One or several factors."""
 Words = Annotated[tuple[str, ...], *_checked_by(_parse_words, {"type": ["string", "array"]})]
 """Words with commas between them, or a list of them."""
+Grid = Annotated[str, *_checked_by(_parse_grid, {"type": ["string", "array"]})]
+"""Rows and columns, as text such as 128x128 or as two numbers."""
 Share = Annotated[float, Field(gt=0, le=1)]
 """A number above 0, up to 1."""
 Size = Annotated[int, *_size]

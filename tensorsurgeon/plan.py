@@ -33,8 +33,9 @@ PAGE = 4096
 SHARD_SIZE = 5_000_000_000
 COPY_BYTES = 4 * 2**20
 """Most bytes that one task copies at once: so few are still in the processor's cache when they are hashed."""
-BLOCK_MEMORY = 48 * 2**20
-"""Most memory that one block takes while it is computed; more does not make it faster."""
+BLOCK_MEMORY = 24 * 2**20
+"""Most memory that one block takes while it is computed: glibc gives what is beyond 32 MiB back to the system at once,
+and having it anew costs more than what is done with it."""
 
 
 class Piece(NamedTuple):
@@ -82,8 +83,9 @@ class ShardPlan(NamedTuple):
                 yield from _copies(run, block_memory)
             run = span
             if not span:
-                for start, stop in tensor.blocks(block_memory):
-                    yield Piece((stop - start) * tensor.row_bytes, tensor=tensor, rows=(start, stop), name=name)
+                flat = tensor.flat
+                for start, stop in flat.blocks(block_memory):
+                    yield Piece((stop - start) * flat.row_bytes, tensor=flat, rows=(start, stop), name=name)
         if run:
             yield from _copies(run, block_memory)
 
@@ -184,6 +186,7 @@ def _largest_piece(ckpt: Checkpoint, block_memory: int, memory: int) -> int:
         if tensor.span:
             largest = max(largest, min(tensor.nbytes, COPY_BYTES, block_memory))
             continue
+        tensor = tensor.flat
         fixed = tensor.fixed_memory
         least = fixed + tensor.row_memory * min(tensor.grain, tensor.rows)
         largest = max(largest, least, min(fixed + tensor.row_memory * tensor.rows, block_memory))

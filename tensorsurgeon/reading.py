@@ -12,6 +12,11 @@ from tensorsurgeon.format import Span
 
 Buffer = bytes | bytearray | memoryview
 
+NEAR = 8192
+"""Bytes between parts that are read sooner with them than passed over by one more call."""
+AT_ONCE = 512
+"""Parts that are read by one call; the system allows 1024 pieces of memory, of which half are for what is between."""
+
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that computes its result when it is first called, whatever it is then given, and keeps it."""
@@ -44,4 +49,27 @@ def read_span(span: Span, into: bytearray | None = None) -> Buffer:
                     f"{span.offset + span.nbytes} that its header promised; it was changed while it was read."
                 )
             position += count
+    return data
+
+
+def read_parts(span: Span, stride: int, begin: int, end: int) -> Buffer:
+    """Read the bytes from `begin` up to but not including `end` of every `stride` bytes of a span.
+
+    Raises:
+        CheckpointError: where the file ends before the span does.
+    """
+    size, count = end - begin, span.nbytes // stride
+    data = bytearray(count * size)
+    view, between = memoryview(data), bytearray(stride - size)
+    together = AT_ONCE if stride - size <= NEAR else 1
+    with open(span.path, "rb", buffering=0) as file:
+        for first in range(0, count, together):
+            last = min(first + together, count)
+            parts: list[Buffer] = [between] * (2 * (last - first) - 1)
+            parts[::2] = [view[place * size : (place + 1) * size] for place in range(first, last)]
+            wanted = (last - first - 1) * stride + size
+            if os.preadv(file.fileno(), parts, span.offset + first * stride + begin) != wanted:
+                raise CheckpointError(
+                    f"{span.path}: ends before its header promised; it was changed while it was read."
+                )
     return data

@@ -17,6 +17,7 @@ from tensorsurgeon import document
 from tensorsurgeon.document import Document
 from tensorsurgeon.errors import CheckpointError, FormatError, UsageError, raise_all
 from tensorsurgeon.format import Header, Span, is_plain_file_name, load_json, read_header
+from tensorsurgeon.metadata import merged
 from tensorsurgeon.tensor import LazyTensor
 
 CONFIG = "config.json"
@@ -99,7 +100,7 @@ def read_source(location: str | os.PathLike[str]) -> Contents:
     tensors, unlisted, conflicts = _collect(directory, headers, listed)
     raise_all(CheckpointError, problems or conflicts)
     files, left = _side_files(directory, {*headers, *layout})
-    metadata, clashes = _merge_metadata(headers)
+    metadata, clashes = merged(headers)
     behind = [f"left behind, as they hold or describe other weights: {', '.join(left)}."] if left else []
     source = Source(name, directory, headers, config, layout)
     return Contents(source, tensors, files, metadata, (*unlisted, *behind, *clashes))
@@ -248,13 +249,3 @@ def _side_files(directory: Path, own: set[str]) -> tuple[dict[str, SideFile], li
             else:
                 files[relative] = path
     return files, left
-
-
-def _merge_metadata(headers: Mapping[str, Header]) -> tuple[dict[str, str], list[str]]:
-    merged: dict[str, str] = {}
-    clashes: list[str] = []
-    for shard, header in headers.items():
-        for key, value in header.metadata.items():
-            if merged.setdefault(key, value) != value:
-                clashes.append(f"{shard}: __metadata__ {key!r} differs from an earlier shard's, which is kept.")
-    return merged, clashes

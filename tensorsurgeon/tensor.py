@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tensorsurgeon.format import Span, nbytes
-from tensorsurgeon.reading import Buffer, once, read_span
+from tensorsurgeon.reading import Buffer, once, read_parts, read_span
 
 PIECE = 2**20
 """Elements that a piece of a tensor has at least, where the tensor has as many."""
@@ -43,23 +43,37 @@ Reduction = Callable[..., Block]
 class Input(NamedTuple):
     """An input of a computed tensor: `each` rows of it go with `rows` rows of the output, or all with any if 0.
 
-    One that is `streamed` is given as pieces, each with the number of its first row.
+    One that is `streamed` is given as pieces, each with the number of its first row. Of a matrix that is packed the
+    other way round `columns` go with the output's rows.
     """
 
     tensor: LazyTensor
     rows: int = 1
     each: int = 1
     streamed: bool = False
+    columns: bool = False
+
+    @property
+    def row_memory(self) -> int:
+        """Bytes of memory that what goes with one row of the output takes; 0 where all goes with any."""
+        if not self.rows:
+            return 0
+        memory = self.tensor.nbytes // self.tensor.shape[-1] if self.columns else self.tensor.row_memory
+        return -(-memory * self.each // self.rows)
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Return which rows, or columns, go with the output's rows from `first` up to but not including `last`."""
+        length = self.tensor.shape[-1] if self.columns else self.tensor.rows
+        if not self.rows:
+            return 0, length
+        return first // self.rows * self.each, min(-(-last // self.rows) * self.each, length)
 
     def read(self, first: int, last: int) -> Block | Pieces:
         """Read what goes with the output's rows from `first` up to but not including `last`."""
         if self.streamed:
             return ((start, self.tensor.read(start, stop)) for start, stop in self.tensor.pieces())
-        if not self.rows:
-            return self.tensor.read()
-        return self.tensor.read(
-            first // self.rows * self.each, min(-(-last // self.rows) * self.each, self.tensor.rows)
-        )
+        read = self.tensor.read_columns if self.columns else self.tensor.read
+        return read(*self.span(first, last))
 
 
 class Rows(NamedTuple):
@@ -76,7 +90,8 @@ class LazyTensor:
 
     `grain` is the number of rows that can only be computed together; `history` tells what was done to the
     bytes, with every parameter that changes them, and is empty for a tensor that nobody touched. A `placed` function
-    takes the number of the first row before the blocks.
+    takes the number of the first row before the blocks. A `folded` one has the bytes of its input, several rows to one.
+    `working` is how many bytes computing a row takes besides it and its inputs.
     """
 
     dtype: str
@@ -88,6 +103,13 @@ class LazyTensor:
     grain: int = 1
     history: str = ""
     placed: bool = False
+    folded: bool = False
+    working: int = 0
+
+    @property
+    def flat(self) -> LazyTensor:
+        """The tensor whose rows are to be read one after the other for the same bytes: itself unless it is folded."""
+        return self.inputs[0].tensor if self.folded else self
 
     @property
     def rows(self) -> int:
@@ -108,8 +130,7 @@ class LazyTensor:
     def row_memory(self) -> int:
         """Bytes of memory that computing one row takes: the row itself and, at every step, its inputs."""
         parts = max((part.tensor.row_memory for part in self.parts), default=0)
-        by_row = (-(-it.tensor.row_memory * it.each // it.rows) for it in self.inputs if it.rows)
-        return self.row_bytes + parts + sum(by_row)
+        return self.row_bytes + self.working + parts + sum(it.row_memory for it in self.inputs)
 
     @property
     def fixed_memory(self) -> int:
@@ -119,8 +140,8 @@ class LazyTensor:
             for it in self.inputs
             if not it.rows
         )
-        below = [it.tensor for it in self.inputs] + [part.tensor for part in self.parts]
-        return whole + sum(tensor.fixed_memory for tensor in below)
+        parts = max((part.tensor.fixed_memory for part in self.parts), default=0)
+        return whole + parts + sum(it.tensor.fixed_memory for it in self.inputs)
 
     def spans(self) -> Iterator[Span]:
         """Yield every span that has to be read to know this tensor."""
@@ -213,6 +234,22 @@ class LazyTensor:
         data = memoryview(block.data)[self._bytes_of(start - first) : self._bytes_of(stop - first)]
         return Block(self.dtype, self._shape_of(stop - start), data)
 
+    def read_columns(self, start: int, stop: int) -> Block:
+        """Read the columns of a matrix from `start` up to but not including `stop`.
+
+        Raises:
+            CheckpointError: for a file that is shorter than its header said.
+        """
+        each = nbytes(self.dtype, (1,))
+        begin, end = start * each, stop * each
+        if self.span and (start, stop) != (0, self.shape[1]):
+            data: Buffer = read_parts(self.span, self.row_bytes, begin, end)
+        else:
+            whole, width = memoryview(self.read().data), self.row_bytes
+            starts = range(0, len(whole), width) if end - begin < width else ()
+            data = b"".join(whole[at + begin : at + end] for at in starts) if starts else whole
+        return Block(self.dtype, (self.rows, stop - start), data)
+
     def foresee(self, start: int, stop: int) -> None:
         """Tell the system that rows will be read soon, so that it fetches them from the disk meanwhile."""
         if self.span:
@@ -221,8 +258,7 @@ class LazyTensor:
                 size = self._bytes_of(stop) - begin
                 os.posix_fadvise(file.fileno(), self.span.offset + begin, size, os.POSIX_FADV_WILLNEED)
         for it in self.inputs:
-            last = min(-(-stop // it.rows) * it.each, it.tensor.rows) if it.rows else it.tensor.rows
-            it.tensor.foresee(start // it.rows * it.each if it.rows else 0, last)
+            it.tensor.foresee(*((0, it.tensor.rows) if it.columns else it.span(start, stop)))
 
     def _stacked(self, start: int, stop: int) -> Iterator[Buffer]:
         begin = 0

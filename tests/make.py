@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tensorsurgeon.format import BITS
+
 BLOCK = (128, 128)
 
 
@@ -69,15 +71,15 @@ def tensors(layers: int = 4, dtype: torch.dtype = torch.bfloat16, seed: int = 0)
 
 
 def quantize(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes and scales of a weight in block FP8: one scale of `absmax / 448` a block."""
+    """Return codes and scales of a weight in block FP8, by the formula of transformers' Fp8Quantize."""
     rows, columns = (-(-size // each) for size, each in zip(weight.shape, block, strict=True))
     padded = torch.zeros(rows * block[0], columns * block[1])
     padded[: weight.shape[0], : weight.shape[1]] = weight.float()
     blocks = padded.view(rows, block[0], columns, block[1])
-    scale = blocks.abs().amax(dim=(1, 3)) / 448
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = (blocks / scale[:, None, :, None]).view(padded.shape)[: weight.shape[0], : weight.shape[1]]
-    return codes.clamp(-448, 448).contiguous().to(torch.float8_e4m3fn), scale
+    amax = blocks.abs().amax(dim=(1, 3))
+    factors = torch.where(amax == 0, torch.ones_like(amax), 448 / amax)
+    codes = (blocks * factors[:, None, :, None]).view(padded.shape)[: weight.shape[0], : weight.shape[1]]
+    return codes.clamp(-448, 448).contiguous().to(torch.float8_e4m3fn), 1 / factors
 
 
 def quantized(
@@ -198,7 +200,7 @@ def sparse(directory: Path, described: Mapping[str, tuple[str, list[int]]], sett
     directory.mkdir(parents=True)
     header, end = {}, 0
     for name, (dtype, shape) in described.items():
-        begin, end = end, end + math.prod(shape) * {"BF16": 2, "F32": 4, "F8_E4M3": 1}[dtype]
+        begin, end = end, end + math.prod(shape) * BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     with open(directory / "model.safetensors", "wb") as file:

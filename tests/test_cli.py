@@ -281,6 +281,7 @@ def test_the_dry_run_of_every_operation_prints_json_and_writes_nothing(
         "merge-lora": ["--adapter", adapter],
         "perturb": ["--method", "ablate", "--level", "0.5", "--group", "mlp"],
         "project": ["--directions", tmp_path / "directions.safetensors"],
+        "quantize": ["--format", "fp8-block"],
     }
     needs_layers = any(each.name == "layers" and each.required for each in OPERATIONS[name].parameters)
     options = given.get(name, ["--layers", "1"] if needs_layers else [])

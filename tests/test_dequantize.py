@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 import make
 import tensorsurgeon as ts
 from tensorsurgeon.errors import CheckpointError, RefusedError, UsageError
-from tensorsurgeon.kernels.fp8 import E4M3, decode_blocks, decode_blocks_plainly
-from tensorsurgeon.tensor import Block
+from tensorsurgeon.kernels.codes import E4M3
+from tensorsurgeon.kernels.scaling import Scaling, decode, decode_plainly
+from tensorsurgeon.kernels.tables import look_up
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -100,9 +101,9 @@ def test_the_compiled_loop_is_the_plain_formula(dtype: str, shape: tuple[int, in
     codes = chance.integers(0, 0x7F, shape, dtype=np.uint8) | chance.choice([0, 128], shape).astype(np.uint8)
     grid = (-(-shape[0] // 128), -(-shape[1] // 128))
     scale = np.exp(chance.normal(-6, 3, grid)).astype(np.float32)
-    weight, scales = Block("F8_E4M3", shape, codes.tobytes()), Block("F32", grid, scale.tobytes())
-    fast, plain = (decode(weight, scales, (128, 128), dtype) for decode in (decode_blocks, decode_blocks_plainly))
-    assert bytes(fast.data) == bytes(plain.data)
+    plain = decode_plainly(codes, E4M3, Scaling(scale, 128, 128), dtype)
+    for fast in (decode, look_up):
+        assert bytes(fast(codes, E4M3, Scaling(scale, 128, 128), dtype).data) == bytes(plain.data)
 
 
 @pytest.mark.parametrize("scale", [2.0**-126, 1e-42, 3e38, 1e30])
@@ -111,9 +112,10 @@ def test_extreme_scales_round_as_torch_rounds(scale: float, tmp_path: Path) -> N
         torch.float8_e4m3fn
     )
     factor = torch.tensor([[scale]])
-    block = Block("F8_E4M3", (1, 8), bytes(codes.view(torch.uint8).numpy()))
-    decoded = decode_blocks(block, Block("F32", (1, 1), factor.numpy().tobytes()), (128, 128), "BF16")
-    assert bytes(decoded.data) == bytes(formula(codes, factor, (128, 128), torch.bfloat16).view(torch.uint8).numpy())
+    expected = bytes(formula(codes, factor, (128, 128), torch.bfloat16).view(torch.uint8).numpy())
+    for fast in (decode, look_up):
+        decoded = fast(codes.view(torch.uint8).numpy(), E4M3, Scaling(factor.numpy(), 128, 128), "BF16")
+        assert bytes(decoded.data) == expected
 
 
 def test_a_weight_too_large_for_float16_is_refused_by_name(fp8: Path, tmp_path: Path) -> None:
@@ -168,11 +170,11 @@ def broken(source: Path, **edits: torch.Tensor | None) -> Path:
         ({"weight": None}, "up_proj.weight_scale_inv: has no weight to scale: .* is missing"),
         ({"weight": torch.ones(320, 192, dtype=torch.bfloat16)}, "has no weight to scale: .* is BF16, not F8_E4M3"),
         ({"weight_scale_inv": torch.ones(2, 2)}, r"\[2, 2\], but \[320, 192\] in blocks of .* needs \[3, 2\]"),
-        ({"weight_scale_inv": torch.ones(6)}, r"scale has shape \[6\]"),
-        ({"weight_scale_inv": torch.ones(())}, r"scale has shape \[\]"),
-        ({"weight_scale_inv": torch.ones(3, 2, dtype=torch.int8)}, "scale is I8"),
+        ({"weight_scale_inv": torch.ones(6)}, r"weight_scale_inv: has shape \[6\]"),
+        ({"weight_scale_inv": torch.ones(())}, r"weight_scale_inv: has shape \[\]"),
+        ({"weight_scale_inv": torch.ones(3, 2, dtype=torch.int8)}, "weight_scale_inv in .*: is I8, not F32 or"),
         ({"weight": torch.zeros(320, 192).to(torch.float8_e5m2)}, "is F8_E5M2"),
-        ({"qweight": torch.ones(4, 4, dtype=torch.int32)}, "qweight: is I32 and not block FP8"),
+        ({"qweight": torch.ones(4, 4, dtype=torch.int32)}, "qweight: is no part of a module in the format FP8"),
     ],
 )  # fmt: skip
 def test_broken_fp8_is_refused_by_name_and_exam(
@@ -196,12 +198,12 @@ def test_all_faults_are_said_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight_block_size": None}, "'weight_block_size' is None"),
+        ({"weight_block_size": None}, "with one scale needs"),
         ({"weight_block_size": [128]}, r"'weight_block_size' is \[128\]"),
         ({"weight_block_size": [0, 128]}, "'weight_block_size' is"),
         ({"weight_block_size": [96, 96]}, "in blocks of"),
-        ({"quant_method": "gptq"}, "says quant_method 'gptq'"),
-        ({"weight_scale_semantics": "inverse"}, "scales divide"),
+        ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
+        ({"weight_scale_semantics": "reversed"}, "'weight_scale_semantics' is 'reversed'"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_a_config_that_does_not_fit_is_refused(settings: dict[str, Any], message
 
 def test_without_any_quantization_config_the_block_is_not_guessed(tmp_path: Path) -> None:
     source = make.save(tmp_path / "source", make.quantized(make.tensors(1)), make.config(1))
-    with pytest.raises(RefusedError, match="the block size is not known"):
+    with pytest.raises(RefusedError, match="what is not in the tensors cannot be known"):
         ts.ops.dequantize(ts.open(source))
 
 
@@ -225,22 +227,25 @@ def test_a_plain_checkpoint_is_not_dequantized(plain: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffixes", "name"),
+    ("settings", "suffixes", "message"),
     [
-        (("qweight", "qzeros", "scales"), "GPTQ or AWQ"),
-        (("weight_packed", "weight_scale", "weight_shape"), "compressed-tensors packed"),
-        (("SCB", "weight_format"), "bitsandbytes int8"),
+        ({"quant_method": "exl3"}, ("trellis", "suh", "svh"), "up_proj.trellis: is EXL3"),
+        ({"quant_method": "hqq"}, ("qweight", "scales"), "quant_method 'hqq' is HQQ; it is not decoded"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, ("qweight", "scales"), "'marlin' is packed for one"),
+        ({"quant_method": "new"}, ("SCB",), "One of bitsandbytes would fit"),
     ],
 )
-def test_another_format_is_refused_by_its_name(suffixes: tuple[str, ...], name: str, tmp_path: Path) -> None:
+def test_a_format_that_is_not_decoded_is_refused_by_its_name(
+    settings: dict[str, Any], suffixes: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
     made = make.tensors(1)
     del made["model.layers.0.mlp.up_proj.weight"]
     made |= {f"model.layers.0.mlp.up_proj.{suffix}": torch.ones(8, 8, dtype=torch.int32) for suffix in suffixes}
-    source = make.save(tmp_path / "source", made, make.config(1))
-    with pytest.raises(RefusedError, match=name):
+    source = make.save(tmp_path / "source", made, make.config(1, quantization_config=settings))
+    with pytest.raises(RefusedError, match=message):
         ts.ops.dequantize(ts.open(source))
-    with pytest.raises(RefusedError, match=name):
-        ts.ops.cast(ts.open(source), "float32")
+    with pytest.raises(RefusedError, match="their codes are not numbers"):
+        ts.ops.cast(ts.open(source), "float32", "*up_proj*")
 
 
 def test_an_unknown_dtype_is_not_understood(fp8: Path) -> None:

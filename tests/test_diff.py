@@ -140,7 +140,7 @@ def test_dtypes_are_compared_by_their_numbers(plain: Path, tmp_path: Path, dtype
 
 def test_quantised_weights_are_compared_with_plain_ones(plain: Path, fp8: Path) -> None:
     findings = compared(plain, fp8)
-    assert summary(findings)["layout"] == "plain to FP8 with inverse scales"
+    assert summary(findings)["layout"] == "plain to FP8, blocks of 128x128"
     assert "absent" not in findings.tables
     one = load_file(plain / "model.safetensors")[UP]
     codes, scale = make.quantize(one)

@@ -357,7 +357,7 @@ def test_8_tensor_names_name_no_files(tmp_path: Path) -> None:
 
 MEASURE = """
 import resource, sys
-import tensorsurgeon as ts, tensorsurgeon.kernels.casting, tensorsurgeon.kernels.fp8
+import tensorsurgeon as ts, tensorsurgeon.kernels.casting, tensorsurgeon.kernels.tables
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 ckpt = ts.open(sys.argv[1])
 {operation}
@@ -366,22 +366,58 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+LARGE: dict[str, tuple[dict[str, tuple[str, list[int]]], dict[str, Any]]] = {
+    "plain": ({"big.weight": ("BF16", [65536, 4096])}, {}),
+    "block FP8": (
+        {"big.weight": ("F8_E4M3", [65536, 8192]), "big.weight_scale_inv": ("F32", [512, 64])},
+        make.fp8_settings(),
+    ),
+    "GPTQ": (
+        {
+            "big.qweight": ("I32", [1024, 65536]),
+            "big.qzeros": ("I32", [64, 8192]),
+            "big.scales": ("F16", [64, 65536]),
+            "big.g_idx": ("I32", [8192]),
+        },
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    ),
+    "AWQ": (
+        {
+            "big.qweight": ("I32", [8192, 8192]),
+            "big.qzeros": ("I32", [64, 8192]),
+            "big.scales": ("F16", [64, 65536]),
+        },
+        {"quant_method": "awq", "bits": 4, "group_size": 128},
+    ),
+    "experts of gpt-oss": (
+        {"experts.up_blocks": ("U8", [32, 5760, 90, 16]), "experts.up_scales": ("U8", [32, 5760, 90])},
+        {"quant_method": "mxfp4"},
+    ),
+    "fused experts in FP8": (
+        {"experts.up": ("F8_E4M3", [4, 16384, 8192]), "experts.up_scale_inv": ("F32", [4, 128, 64])},
+        make.fp8_settings(),
+    ),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("operation", "dtype"),
+    ("operation", "held"),
     [
-        ("ckpt = ts.ops.dequantize(ckpt)", "F8_E4M3"),
-        ("ckpt = ts.ops.cast(ckpt, 'float32')", "BF16"),
-        ("", "BF16"),
+        ("", "plain"),
+        ("ckpt = ts.ops.cast(ckpt, 'float32')", "plain"),
+        ("ckpt = ts.ops.dequantize(ckpt)", "block FP8"),
+        ("ckpt = ts.ops.dequantize(ckpt)", "GPTQ"),
+        ("ckpt = ts.ops.dequantize(ckpt)", "AWQ"),
+        ("ckpt = ts.ops.dequantize(ckpt)", "experts of gpt-oss"),
+        ("ckpt = ts.ops.dequantize(ckpt)", "fused experts in FP8"),
     ],
 )
-def test_9_memory_stays_under_the_limit_whatever_the_largest_tensor(operation: str, dtype: str, tmp_path: Path) -> None:
-    shape = [65536, 8192 if dtype == "F8_E4M3" else 4096]
-    described = {"model.layers.0.big.weight": (dtype, shape)}
-    if dtype == "F8_E4M3":
-        described["model.layers.0.big.weight_scale_inv"] = ("F32", [512, 64])
-    settings = make.config(1, quantization_config=make.fp8_settings())
-    source = make.sparse(tmp_path / "source", described, settings)
+def test_9_memory_stays_under_the_limit_whatever_the_largest_tensor(operation: str, held: str, tmp_path: Path) -> None:
+    tensors, settings = LARGE[held]
+    described = {f"model.layers.0.{name}": it for name, it in tensors.items()}
+    config = make.config(1, **({"quantization_config": settings} if settings else {}))
+    source = make.sparse(tmp_path / "source", described, config)
     program = MEASURE.format(operation=operation)
     run = [sys.executable, "-c", program, str(source), str(tmp_path / "dest")]
     grown = int(subprocess.run(run, capture_output=True, check=True, text=True).stdout)

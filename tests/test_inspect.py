@@ -61,7 +61,7 @@ def test_a_block_fp8_checkpoint_counts_no_scale_as_a_parameter(tmp_path: Path) -
     plain = model(make.plain(tmp_path / "plain", layers=3))
     assert told["parameters"] == plain["parameters"]
     assert told["tensors"] == plain["tensors"] + 3 * 7
-    assert told["quantisation"] == "fp8, blocks of 128x128"
+    assert told["quantisation"] == "fp8: FP8, blocks of 128x128"
     assert told["layers"] == "3 (model.layers.N)"
 
 
@@ -122,7 +122,7 @@ def test_computed_tensors_are_listed_with_what_computes_them(tmp_path: Path) -> 
     ckpt = ts.ops.dequantize(ts.open(make.fp8(tmp_path / "fp8", layers=2)))
     (row,) = ts.exams.inspect(ckpt, "model.layers.0.mlp.up_proj.weight").tables["tensors"]
     assert (row["dtype"], row["bytes"]) == ("BF16", 2 * 320 * 192)
-    assert row["shard"] == "decode block FP8 128x128 to BF16"
+    assert row["shard"] == "decode FP8, blocks of 128x128 to BF16"
 
 
 @pytest.mark.parametrize(

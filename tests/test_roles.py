@@ -326,6 +326,7 @@ COMPANIONS = (
     "weight_absmax", "weight_quant_map", "weight_quant_state", "_weight_qdata", "_weight_scale", "compressed",
     "bitmask", "pre_quant_scale", "input_scale", "input_scale_ub", "activation_scale", "input_global_scale",
     "input_zero_point", "output_scale", "k_scale", "v_scale", "q_scale", "trellis", "weight_scale_inverse",
+    "weight_scb", "svdquant_lora_a", "svdquant_lora_b",
 )  # fmt: skip
 
 

@@ -16,6 +16,9 @@ from serving import Answer, Job, Request, answers
 MANNEQUIN = Path(__file__).parent / "mannequin"
 QUESTIONS = 60
 LONGEST_ANSWER = 5
+SKIPPED = "model.layers.0.*,*.2.mlp.*,*.3.self_attn.o_proj"
+BF16_NOISE = 0.01
+"""How far log probabilities in bfloat16 may be from those in float32, in the mean."""
 
 pytestmark = pytest.mark.serving
 
@@ -29,8 +32,14 @@ class Served:
         plain, shorter = ts.ops.dequantize(ts.open(MANNEQUIN / "fp8")), place / "shorter"
         ts.write(plain, place / "plain")
         ts.write(ts.ops.drop_layers(plain, "3"), shorter, max_shard_size="2MB")
+        original = ts.open(MANNEQUIN / "bf16")
+        ts.write(ts.ops.quantize(original, "fp8-block"), place / "quantized")
+        ts.write(ts.ops.quantize(original, "fp8-block", block="64x128", skip=SKIPPED, ue8m0=True), place / "partly")
+        for name in ("quantized", "partly"):
+            ts.write(ts.ops.dequantize(ts.open(place / name)), place / f"{name}, decoded")
         self.directories = {
             "original": MANNEQUIN / "bf16",
+            **{name: place / name for name in ("quantized", "partly", "quantized, decoded", "partly, decoded")},
             "fp8": MANNEQUIN / "fp8",
             "plain": place / "plain",
             "shorter": shorter,
@@ -42,7 +51,8 @@ class Served:
         requests = [Request(prompt_tokens(self.tokenizer, row["prompt"]), LONGEST_ANSWER) for row in self.problems]
         self.requests = requests + [Request(tokens) for tokens in sentences]
         # vLLM serves block FP8 in half precision only.
-        dtypes = {name: "bfloat16" if name == "fp8" else "float32" for name in self.directories}
+        halves = ("fp8", "quantized", "partly")
+        dtypes = {name: "bfloat16" if name in halves else "float32" for name in self.directories}
         jobs = [Job(directory, self.requests, dtypes[name]) for name, directory in self.directories.items()]
         self.answers: dict[str, list[Answer]] = dict(zip(self.directories, answers(jobs), strict=True))
 
@@ -94,6 +104,19 @@ def test_the_dequantized_model_answers_as_fp8_itself(served: Served) -> None:
     assert served.agreement("fp8", "plain") >= 0.95
 
 
+@pytest.mark.parametrize("name", ["quantized", "partly"])
+def test_what_was_quantized_answers_as_what_it_decodes_to(name: str, served: Served) -> None:
+    """A weight that vLLM took for quantised where it is not, or the other way round, would answer anything."""
+    original, twin = served.agreement("original", name), served.agreement(f"{name}, decoded", name)
+    pairs = zip(served.answers[name], served.answers[f"{name}, decoded"], strict=True)
+    differences = [(torch.tensor(a.prompt_logprobs) - torch.tensor(b.prompt_logprobs)).abs() for a, b in pairs]
+    mean = torch.cat(differences).mean()
+    print(f"{name}: as the original {original:.3f}, as what it decodes to {twin:.3f}; log probabilities {mean:.4f} off")
+    assert original >= 0.95
+    assert twin >= 0.95
+    assert mean < BF16_NOISE
+
+
 def test_a_model_with_a_layer_less_loads_and_answers_worse(served: Served) -> None:
     assert all(len(answer.token_ids) == LONGEST_ANSWER for answer in served.answers["shorter"][:QUESTIONS])
     assert served.right("shorter") < served.right("original")
@@ -101,6 +124,9 @@ def test_a_model_with_a_layer_less_loads_and_answers_worse(served: Served) -> No
 
 def test_perplexity_tells_dequantization_from_damage(served: Served) -> None:
     sentences = [row["text"] for row in served.heldout["sentences"]]
-    found = {name: perplexity(*load(served.directories[name]), sentences) for name in ("original", "plain", "shorter")}
-    assert abs(found["plain"] / found["original"] - 1) < 0.02
+    names = ("original", "plain", "shorter", "quantized, decoded", "partly, decoded")
+    found = {name: perplexity(*load(served.directories[name]), sentences) for name in names}
+    print(found)
+    for name in ("plain", "quantized, decoded", "partly, decoded"):
+        assert abs(found[name] / found["original"] - 1) < 0.02
     assert found["shorter"] > 1.05 * found["original"]

@@ -26,7 +26,7 @@ ORDER = (
     ("sizes", "progress", "variants", "yaml_lines"),
     ("format",),
     ("reading",),
-    ("document", "tensor", "notation", "nearest"),
+    ("document", "tensor", "notation", "nearest", "metadata"),
     ("names", "shaping"),
     ("config",),
     ("fields",),
@@ -61,7 +61,7 @@ LEAVES = {"_version": set(), "errors": set(), "progress": set(), "sizes": {"erro
 
 LIGHT = (
     "_version", "errors", "sizes", "progress", "format", "reading", "document", "tensor", "notation", "nearest",
-    "names", "shaping", "variants", "yaml_lines",
+    "names", "shaping", "variants", "yaml_lines", "metadata",
     "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming",
     "module_lists", "arrangement", "sequence", "lora", "running", "scratch", "fused", "groups",
     "engines", "plan", "parameters", "signature", "registry", "receipt", "sharing", "stream",
@@ -79,6 +79,7 @@ NUMERIC = ("torch", "numpy", "numba", "transformers")
 
 LONG: dict[str, str] = {
     "exams/verdict": "the rules of autopsy, each with what finds it",
+    "tensor": "one class: all that a tensor can be made of, and how it is read",
     "roles": "a table with a rule for each name of a module",
 }
 """Modules of more than 260 lines, with the reason."""
@@ -172,8 +173,11 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
     assert {module for module, used in users.items() if used} == {
         "derivations/subspaces", "lora", "ops/accounting", "ops/arranging", "ops/directions_file", "ops/dtypes",
         "ops/extracting", "ops/merging", "ops/perturbation", "ops/principal", "ops/projecting", "ops/projection",
-        "ops/sanitizing", "ops/servable", "quantized/fp8_block", "exams/alignment", "exams/cancellation",
-        "exams/changes", "exams/health", "exams/integrity", "exams/lines", "exams/residuals", "exams/vitals",
+        "ops/quantizing", "ops/sanitizing", "ops/servable", "quantized/awq", "quantized/bitsandbytes",
+        "quantized/compressed_tensors_packed", "quantized/compressed_tensors_sparse", "quantized/decoding",
+        "quantized/fp8", "quantized/gptq", "quantized/mlx", "quantized/modelopt", "quantized/mxfp4_experts",
+        "quantized/torchao", "exams/alignment", "exams/cancellation", "exams/changes", "exams/health",
+        "exams/integrity", "exams/lines", "exams/residuals", "exams/vitals",
     }  # fmt: skip
 
 
@@ -216,7 +220,7 @@ def test_the_exported_names() -> None:
     ]  # fmt: skip
     assert ts.ops.__all__ == [
         "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "perturb", "project",
-        "repeat_layers", "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
+        "quantize", "repeat_layers", "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
     assert ts.exams.__all__ == ["autopsy", "diff", "inspect", "noise", "verify"]
     assert ts.derivations.__all__ == ["directions"]

@@ -401,11 +401,11 @@ def test_a_defect_of_a_plain_checkpoint_is_named(
         ),
         (
             with_tensor(UP + ".weight_scale_inv", 2, 3, dtype=torch.float32),
-            f"{UP}.weight: its scale has shape [2, 3], but [320, 192] in blocks of [128, 128] needs [3, 2];",
+            f"{UP}.weight_scale_inv: has shape [2, 3], but [320, 192] in blocks of [128, 128] needs [3, 2];",
         ),
         (
             with_tensor(UP + ".weight_scale_inv", 3, 2, dtype=torch.float64),
-            f"{UP}.weight: its scale is F64, not one of F32, BF16, F16.",
+            f"{UP}.weight_scale_inv in model-00001-of-00002.safetensors: is F64, not F32 or BF16",
         ),
         (
             lambda tensors, config: config.pop("quantization_config"),
@@ -413,18 +413,18 @@ def test_a_defect_of_a_plain_checkpoint_is_named(
         ),
         (
             with_config(quantization_config={"quant_method": "fp8"}),
-            "config.json: 'weight_block_size' is None; two whole numbers such as [128, 128] are needed.",
+            "model.layers.0.self_attn.q_proj.weight_scale_inv: has shape [2, 2], but [256, 192] with one scale",
         ),
         (
             with_config(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}),
-            "model.layers.0.self_attn.q_proj.weight: its scale has shape [2, 2], but [256, 192] in blocks of [64, 64]",
+            "model.layers.0.self_attn.q_proj.weight_scale_inv: has shape [2, 2], but [256, 192] in blocks of [64, 64]",
         ),
         (
             lambda tensors, config: [
                 tensors.pop(UP + ".weight_scale_inv"),
                 config.update(quantization_config={"quant_method": "compressed-tensors"}),
             ],
-            f"{UP}.weight: is F8_E4M3 without a scale.",
+            "config.json: quantization_config has no config_groups; the schemes are not known.",
         ),
     ],
 )

@@ -43,7 +43,7 @@ def summary(
         "in another shard": sum("shard" in it for it in changes),
         "removed": sum(row["change"] == "removed" for row in absent),
         "added": sum(row["change"] == "added" for row in absent),
-        "layout": " to ".join(dict.fromkeys(format_name(it.tensors) or "plain" for it in (one, two))),
+        "layout": " to ".join(dict.fromkeys(format_name(it) or "plain" for it in (one, two))),
     }
 
 

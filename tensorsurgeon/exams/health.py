@@ -113,11 +113,14 @@ def autopsy(
 
 
 def _patient(ckpt: Checkpoint, names: str | None, roles: Sequence[str] | None, layers: Any) -> Patient:
-    chosen = select(ckpt, names, roles, layers)
-    # Scales of a cache or of activations alone make no quantised model.
-    coded = {name for name in quantized_tensors(ckpt.tensors) if ckpt[name].dtype not in PLAIN}
-    plain = as_plain(ckpt, "bfloat16") if coded.intersection(chosen) else ckpt
-    chosen = [name for name in chosen if name in plain]
+    try:
+        plain = as_plain(ckpt, "bfloat16")
+    except RefusedError:
+        # What is plain can be looked at all the same.
+        plain = ckpt
+        if set(quantized_tensors(ckpt.tensors)).intersection(select(ckpt, names, roles, layers)):
+            raise
+    chosen = select(plain, names, roles, layers)
     numbers = tuple(name for name in chosen if plain[name].dtype in PLAIN and plain[name].nbytes)
     if not numbers:
         raise UsageError("nothing is selected: there are no numbers in what was chosen.")

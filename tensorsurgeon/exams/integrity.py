@@ -13,16 +13,16 @@ from typing import Any
 
 from tensorsurgeon.arrangement import layer_shapes
 from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
-from tensorsurgeon.config import COUNT_KEYS, quantization_config
+from tensorsurgeon.config import COUNT_KEYS
 from tensorsurgeon.document import render
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import load_json
 from tensorsurgeon.lora import read_lora
-from tensorsurgeon.names import companions
 from tensorsurgeon.ops.servable import PROFILES, config_problems, pair_problems
 from tensorsurgeon.parameters import Location
 from tensorsurgeon.progress import Advance, progress_bar
-from tensorsurgeon.quantized import PACKED, fp8_block, quantized_tensors
+from tensorsurgeon.quantized import find_modules, quantized_tensors
+from tensorsurgeon.quantized.settings import find_settings
 from tensorsurgeon.receipt import seal
 from tensorsurgeon.registry import Findings, exam
 from tensorsurgeon.running import cores
@@ -163,22 +163,13 @@ def _pairs(ckpt: Checkpoint) -> Problems:
 
 
 def _quantization(ckpt: Checkpoint) -> Problems:
-    settings = quantization_config(ckpt.config.value)
+    settings = find_settings(ckpt).values
     quantized = quantized_tensors(ckpt.tensors)
     if quantized and not settings:
         yield f"config.json: has no quantization_config, but {len(quantized)} tensors are quantised: {quantized[0]!r}."
     if settings and not quantized:
         yield "config.json: has a quantization_config, but no tensor is quantised."
-    blocks = settings.get("weight_block_size") or any(name.endswith(fp8_block.SCALE) for name in quantized)
-    if settings.get("quant_method") == "fp8" and blocks:
-        block, problems = fp8_block.block_size(settings)
-        yield from problems
-        yield from fp8_block.find(ckpt.tensors, block).problems
-    else:
-        described = set(companions(ckpt.tensors).values())
-        for name in quantized:
-            if ckpt[name].dtype == "F8_E4M3" and name.removesuffix(".weight") not in described:
-                yield f"{name}: is F8_E4M3 without a scale."
+    yield from find_modules(ckpt).problems
 
 
 def _receipt(directory: Path) -> Problems:
@@ -228,7 +219,8 @@ def _model_class(ckpt: Checkpoint, directory: Path) -> Problems:
 
     if model_class(ckpt.config.value) is None:
         raise Skipped("transformers does not have it")
-    if any(ckpt[name].dtype in PACKED for name in quantized_tensors(ckpt.tensors)):
+    modules = find_modules(ckpt).modules.values()
+    if any(plain.name not in ckpt or plain.shape != ckpt[plain.name].shape for plain in modules):
         raise Skipped("the weights are packed, and have other names and shapes")
     yield from load_problems(directory, ckpt.config.value)
 

@@ -7,12 +7,11 @@ from math import prod
 from typing import Any
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.lora import Lora, read_lora, served_rank
-from tensorsurgeon.names import companions
 from tensorsurgeon.parameters import Glob
-from tensorsurgeon.quantized import PACKED, format_name, quantized_tensors
+from tensorsurgeon.quantized import Found, find_modules
+from tensorsurgeon.quantized.settings import find_settings
 from tensorsurgeon.registry import Findings, exam
 from tensorsurgeon.roles import find_role
 from tensorsurgeon.sizes import format_size
@@ -50,8 +49,10 @@ def inspect(ckpt: Checkpoint, tensors: Glob | None = None) -> Findings:
         lora = read_lora(ckpt)
         tables = {"model": [_adapter_row(ckpt, lora)], "dtypes": dtypes, "pairs": _pair_rows(lora)}
         return Findings({**tables, "shards": _shard_rows(ckpt)})
-    tables = {"model": [_model_row(ckpt)], "dtypes": dtypes, "roles": _role_rows(ckpt), "shards": _shard_rows(ckpt)}
-    return Findings(tables)
+    found = find_modules(ckpt)
+    formats = _format_rows(found)
+    tables = {"model": [_model_row(ckpt, found)], "dtypes": dtypes, "formats": formats, "roles": _role_rows(ckpt)}
+    return Findings({name: rows for name, rows in tables.items() if rows} | {"shards": _shard_rows(ckpt)})
 
 
 def _adapter_row(ckpt: Checkpoint, lora: Lora) -> dict[str, Any]:
@@ -103,21 +104,27 @@ def _role_rows(ckpt: Checkpoint) -> list[dict[str, Any]]:
     ]
 
 
-def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
+def _format_rows(found: Found) -> list[dict[str, Any]]:
+    """Return how many modules are in each quantised format, and how many weights they hold."""
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for plain in found.modules.values():
+        totals[plain.label][0] += 1
+        totals[plain.label][1] += prod(plain.shape)
+    return [{"format": label, "modules": count, "elements": elements} for label, (count, elements) in totals.items()]
+
+
+def _model_row(ckpt: Checkpoint, found: Found) -> dict[str, Any]:
     config = ckpt.config.value
-    settings = quantization_config(config)
     architectures = config.get("architectures") or ["-"]
     total = sum(tensor.nbytes for tensor in ckpt.tensors.values())
-    quantization = format_name(ckpt.tensors) or "none"
-    if settings:
-        block = settings.get("weight_block_size")
-        quantization = f"{settings.get('quant_method')}"
-        quantization += f", blocks of {'x'.join(map(str, block))}" if isinstance(block, list) else ""
+    method = find_settings(ckpt).method
+    labels = [row["format"] for row in _format_rows(found)]
+    quantization = ": ".join(filter(None, [method, "; ".join(labels)])) or "none"
     return {
         "name": ckpt.sources[0].name,
         "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures,
         "model type": config.get("model_type") or "-",
-        "parameters": _parameters(ckpt),
+        "parameters": _parameters(ckpt, found),
         "dtype": ckpt.text_config.get("dtype") or ckpt.text_config.get("torch_dtype") or "-",
         "quantisation": quantization,
         "layers": _layers(ckpt),
@@ -129,12 +136,13 @@ def _model_row(ckpt: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _parameters(ckpt: Checkpoint) -> int | str:
-    """Return the number of weights; packed ones cannot be counted by their elements."""
-    if any(ckpt[name].dtype in PACKED for name in quantized_tensors(ckpt.tensors)):
-        return "not counted, as weights are packed"
-    described = companions(ckpt.tensors)
-    return sum(prod(tensor.shape) for name, tensor in ckpt.tensors.items() if name not in described)
+def _parameters(ckpt: Checkpoint, found: Found) -> int | str:
+    """Return the number of weights; those of modules in an unknown format cannot be counted."""
+    if found.problems:
+        return "not counted, as not all weights can be decoded"
+    coded = found.tensors.keys() | found.idle
+    plain = sum(prod(tensor.shape) for name, tensor in ckpt.tensors.items() if name not in coded)
+    return plain + sum(prod(module.shape) for module in found.modules.values())
 
 
 def _layers(ckpt: Checkpoint) -> str:

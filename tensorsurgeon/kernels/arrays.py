@@ -13,6 +13,7 @@ Array = npt.NDArray[Any]
 
 STORAGE: dict[str, npt.DTypeLike] = {
     "F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16, "F8_E4M3": np.uint8,
+    "F8_E8M0": np.uint8, "U8": np.uint8, "I8": np.int8, "I32": np.int32, "U32": np.uint32, "I64": np.int64,
 }  # fmt: skip
 
 
@@ -50,3 +51,8 @@ def from_float32(numbers: npt.NDArray[np.float32], dtype: str) -> Array:
 def as_numbers(block: Block) -> npt.NDArray[np.float64]:
     """Return the block's numbers as float64, in its shape."""
     return (as_array(block) if block.dtype == "F64" else as_float32(block)).astype(np.float64)
+
+
+def as_bytes(block: Block) -> npt.NDArray[np.uint8]:
+    """Return the bytes of each row: (rows, bytes), without a copy."""
+    return np.frombuffer(block.data, np.uint8).reshape(block.shape[0] if block.shape else 1, -1)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorsurgeon.kernels.arrays import Array, as_array
-from tensorsurgeon.kernels.fp8 import compiled
+from tensorsurgeon.kernels.compiling import compiled
 from tensorsurgeon.tensor import Block
 
 PATTERNS = 65536

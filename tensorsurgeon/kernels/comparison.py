@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorsurgeon.kernels.arrays import Array, as_array, as_float32
-from tensorsurgeon.kernels.fp8 import compiled
+from tensorsurgeon.kernels.compiling import compiled
 from tensorsurgeon.tensor import Block
 
 TILE = 65536

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensorsurgeon.kernels.arrays import Array
-from tensorsurgeon.kernels.fp8 import compiled
+from tensorsurgeon.kernels.compiling import compiled
 
 GAMMA = 0x9E3779B97F4A7C15
 FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

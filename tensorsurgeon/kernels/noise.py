@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from tensorsurgeon.kernels.arrays import Array, as_array, as_numbers
 from tensorsurgeon.kernels.census import PATTERNS, Census, Counts, grid
-from tensorsurgeon.kernels.fp8 import compiled
+from tensorsurgeon.kernels.compiling import compiled
 from tensorsurgeon.tensor import Block
 
 TILE = 65536

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tensorsurgeon.kernels.arrays import Array
+from tensorsurgeon.kernels.compiling import compiled
 from tensorsurgeon.kernels.draws import CHUNK, as_normals, fill_draws, mix
-from tensorsurgeon.kernels.fp8 import compiled
 from tensorsurgeon.kernels.slabs import load, lost, store
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.fused import Part
 from tensorsurgeon.kernels.arrays import Array, as_array
+from tensorsurgeon.kernels.compiling import compiled
 from tensorsurgeon.kernels.draws import CHUNK, inlined, key_of, mix
-from tensorsurgeon.kernels.fp8 import compiled
 from tensorsurgeon.kernels.slabs import INFINITY, Slab, as_bits, load, slabs
 from tensorsurgeon.tensor import Block, Pieces
 

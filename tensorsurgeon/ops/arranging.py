@@ -10,6 +10,7 @@ from tensorsurgeon.arrangement import Arrangement, Origin
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.config import SETTINGS_FILES
 from tensorsurgeon.errors import RefusedError
+from tensorsurgeon.metadata import rearranged
 from tensorsurgeon.module_lists import renamed_files
 from tensorsurgeon.names import layer_name
 from tensorsurgeon.notation import format_layers
@@ -63,6 +64,7 @@ def arranged(arrangement: Arrangement) -> Checkpoint:
         tensors=tensors | _slices(arrangement, tensors),
         config=config,
         files={**ckpt.files, **_files(arrangement)},
+        metadata=_metadata(arrangement, extra),
     ).warn(*_warnings(arrangement))
 
 
@@ -109,6 +111,25 @@ def _columns(sources: Sequence[LazyTensor], origins: Sequence[Origin], width: in
     first, *others = sources
     history = f"gather columns of layers {list(map(tuple, origins))}"
     return first.rowwise(gather, *others, dtype=first.dtype, history=history, row_shape=(len(origins) * width,))
+
+
+def _metadata(arrangement: Arrangement, extra: Sequence[Origin]) -> dict[str, str]:
+    """Return the metadata, in which what is said of a layer's tensors, as torchao says it, moves with the layer."""
+    stack = arrangement.models[0].layers
+    by_layer: list[dict[int, list[str]]] = []
+    for model in arrangement.models:
+        found: dict[int, list[str]] = {}
+        for key in model.metadata:
+            layer = model.layers.layer_of(key)
+            if layer is not None:
+                found.setdefault(layer, []).append(key)
+        by_layer.append(found)
+    moved = {
+        stack.renamed(key, place): arrangement.models[origin.model].metadata[key]
+        for place, origin in enumerate((*arrangement.origins, *extra))
+        for key in by_layer[origin.model].get(origin.layer, ())
+    }
+    return rearranged(arrangement.models[0].metadata, moved, [key for keys in by_layer[0].values() for key in keys])
 
 
 def _files(arrangement: Arrangement) -> dict[str, SideFile]:

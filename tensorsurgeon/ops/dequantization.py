@@ -2,61 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import SETTINGS_FILES, quantization_config, without_quantization
+from tensorsurgeon.config import SETTINGS_FILES, without_quantization
 from tensorsurgeon.errors import RefusedError, raise_all
-from tensorsurgeon.quantized import format_name, fp8_block, quantized_tensors
+from tensorsurgeon.names import companions
+from tensorsurgeon.parameters import Glob
+from tensorsurgeon.quantized import find_modules, quantized_tensors, residue
 from tensorsurgeon.registry import operation
+from tensorsurgeon.tensor import LazyTensor
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FloatName = Literal["bfloat16", "float16", "float32"]
 
 
 @operation
-def dequantize(ckpt: Checkpoint, dtype: FloatName = "bfloat16") -> Checkpoint:
-    """Decode block FP8 weights into plain numbers and remove the quantisation from the config.
+def dequantize(ckpt: Checkpoint, dtype: FloatName = "bfloat16", plain: Glob | None = None) -> Checkpoint:
+    """Decode quantised weights into plain numbers and remove the quantisation from the config.
 
-    Each weight is `float32(code) * float32(scale)` rounded once to `dtype`. Tensors that are not quantised
-    keep their bits.
+    Each weight is what its format's formula gives in float32, rounded once to `dtype`. Tensors that are not quantised
+    keep their bits; scales of activations and caches are dropped.
 
     Args:
         dtype: What the weights become.
+        plain: Tensors whose names match this pattern are plain although they look quantised: they keep their bits, and
+            scales among them are dropped.
 
     Raises:
-        RefusedError: for a checkpoint that is not quantised or in another format, for a weight without a
-            scale, a scale without a weight, or a scale of the wrong shape.
+        RefusedError: for a checkpoint that is not quantised or in a format that is not decoded, for parts of a module
+            that are missing or do not fit, and for codes and scales that would be left.
     """
-    quantized = quantized_tensors(ckpt.tensors)
-    if not quantized:
+    said = set(ckpt.names(plain)) if plain else set()
+    dropped = said.intersection(companions(said))
+    seen = ckpt.replace(tensors={name: it for name, it in ckpt.tensors.items() if name not in said})
+    found = find_modules(seen)
+    if not (found.tensors or found.idle or found.problems):
         raise RefusedError("dequantize: nothing is quantised here; 'cast' changes the dtype of plain weights.")
-    if not any(ckpt[name].dtype == "F8_E4M3" or name.endswith(fp8_block.SCALE) for name in quantized):
-        raise RefusedError(
-            f"dequantize: the weights are {format_name(ckpt.tensors)}, for example {quantized[0]!r}; "
-            "only block FP8 can be decoded so far."
-        )
-    block, problems = fp8_block.block_size(quantization_config(ckpt.config.value))
-    found = fp8_block.find(ckpt.tensors, block)
-    scales = set(found.scales.values())
-    activations = {name for name in quantized if name.endswith(fp8_block.ACTIVATION_SCALES)}
-    faulty = {problem.split(":")[0] for problem in found.problems}
-    known = {*found.scales, *scales, *activations, *faulty}
-    others = [name for name in quantized if name not in known]
-    problems += [f"{name}: is {ckpt[name].dtype} and not block FP8; it cannot be decoded so far." for name in others]
-    raise_all(RefusedError, problems + found.problems)
-    assert block
-    tensors = {
-        name: fp8_block.decode(tensor, ckpt[found.scales[name]], block, DTYPES[dtype])
-        if name in found.scales
-        else tensor
-        for name, tensor in ckpt.tensors.items()
-        if name not in scales and name not in activations
-    }
+    raise_all(RefusedError, found.problems)
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in ckpt.tensors.items():
+        module = found.tensors.get(name)
+        if module is None and name not in found.idle | dropped:
+            tensors[name] = tensor
+        elif module is not None and module not in tensors:
+            tensors[module] = found.modules[module].decode(DTYPES[dtype])
+    raise_all(RefusedError, _residue_problems(tensors, said))
     files = {name: file for name, file in ckpt.files.items() if name not in SETTINGS_FILES}
-    return ckpt.replace(tensors=tensors, files=files, config=without_quantization(ckpt.config.value, dtype))
+    config = without_quantization(ckpt.config.value, dtype)
+    return ckpt.replace(tensors=tensors, files=files, config=config, metadata={"format": "pt"})
 
 
 def as_plain(ckpt: Checkpoint, dtype: FloatName = "float32") -> Checkpoint:
     """Return a checkpoint to compute with: decoded to `dtype` where it is quantised, else as it is."""
     return dequantize(ckpt, dtype) if quantized_tensors(ckpt.tensors) else ckpt
+
+
+def _residue_problems(tensors: dict[str, LazyTensor], said: Collection[str]) -> list[str]:
+    return [
+        f"{name}: is {tensors[name].dtype}, and nothing says what it means; if it is no quantised weight, name it with "
+        "plain."
+        for name in residue(tensors)
+        if name not in said
+    ]

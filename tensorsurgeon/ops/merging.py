@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensorsurgeon.checkpoint import Checkpoint, all_sources
-from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import RefusedError, UsageError, raise_all
 from tensorsurgeon.lora import Lora, LoraModule, half_pairs, read_lora, shape_problems
 from tensorsurgeon.ops.dequantization import FloatName, as_plain
@@ -14,7 +13,7 @@ from tensorsurgeon.ops.dtypes import cast_tensor
 from tensorsurgeon.ops.principal import with_principal_parts
 from tensorsurgeon.ops.servable import Profile, begins_with_principal_parts, dropped_by, kind_problems
 from tensorsurgeon.parameters import Scales, Several
-from tensorsurgeon.quantized import fp8_block, quantized_tensors
+from tensorsurgeon.quantized import fp8, quantized_tensors
 from tensorsurgeon.registry import open_model, operation
 from tensorsurgeon.tensor import Block, LazyTensor
 
@@ -84,10 +83,7 @@ def merge_lora(
     for name, each in terms.items():
         before = replaced.get(name, exact[name])
         if kept[name].dtype == "F8_E4M3":
-            scale_name = name.removesuffix(fp8_block.WEIGHT) + fp8_block.SCALE
-            block = fp8_block.block_size(quantization_config(ckpt.config.value))[0]
-            merged = _merged(before, "F32", each)
-            tensors[name], tensors[scale_name] = fp8_block.encode(merged, block, ckpt[scale_name].dtype)
+            tensors |= fp8.requantized(ckpt, name, _merged(before, "F32", each))
         else:
             tensors[name] = _merged(before, kept[name].dtype, each)
     return kept.replace(tensors=tensors, sources=all_sources(ckpt, *opened), steps=ckpt.steps)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import RefusedError, UsageError, raise_all
 from tensorsurgeon.groups import Chosen, choose, find_members
 from tensorsurgeon.names import layer_name
@@ -15,7 +14,7 @@ from tensorsurgeon.ops.dequantization import FloatName, as_plain
 from tensorsurgeon.ops.dtypes import cast_tensor
 from tensorsurgeon.ops.untying import TIE, head_name, untied
 from tensorsurgeon.parameters import Layers, Words
-from tensorsurgeon.quantized import fp8_block, quantized_tensors
+from tensorsurgeon.quantized import find_modules, fp8, quantized_tensors
 from tensorsurgeon.registry import operation
 from tensorsurgeon.tensor import Block, LazyTensor, Pieces
 
@@ -145,7 +144,7 @@ def perturb(
             attention head (the same in all matrices of a layer with as many heads), or just the level's share of the
             smallest or largest magnitudes.
         untie: Where head and embedding are tied, write the head by itself, so that only the one that is chosen changes.
-        dequantize: Decode block FP8, all of it, to change chosen weights that are quantised.
+        dequantize: Decode the model, all of it, to change chosen weights that are quantised.
         requantize: Quantise changed weights again that were block FP8; the others keep their bits.
         dtype: What weights become that are decoded.
 
@@ -154,31 +153,27 @@ def perturb(
         RefusedError: for quantised weights, for fused ones whose parts cannot be told apart, and for a tied head.
     """
     raise_all(UsageError, _slips(method, level, per, by, dequantize and requantize))
-    quantized = set(quantized_tensors(ckpt.tensors))
+    quantized = find_modules(ckpt).modules if quantized_tensors(ckpt.tensors) else {}
     if (dequantize or requantize) and not quantized:
         raise UsageError(f"perturb: {'dequantize' if dequantize else 'requantize'}: no weight here is quantised.")
     source, twin = _separated(ckpt, group, untie)
-    members = find_members(source, group, layers)
-    touched = sorted(quantized.intersection(members))
+    exact = as_plain(source)
+    touched = sorted(quantized.keys() & find_members(exact, group, layers))
     if touched and not (dequantize or requantize):
         raise RefusedError(
             f"perturb: {len(touched)} of the chosen tensors are quantised, for example {touched[0]!r}; --dequantize "
             "writes the model plain, and --requantize quantises changed weights again."
         )
-    decoding = dequantize or requantize
-    exact = as_plain(source) if decoding else source
     kept = as_plain(source, dtype) if dequantize else source
     chosen = choose(exact, group, layers, method == "ablate" and by == "head")
     raise_all(RefusedError, _problems(exact, chosen, twin))
     tensors = dict(kept.tensors)
     for name, it in chosen.items() if level != 0 else ():
-        again = kept[name].dtype == "F8_E4M3"
+        again = name in quantized and not dequantize
         change = Change(method, 1.0 if level is None else level, seed, per, by, name, it)
         changed = change.apply(exact[name], "F32" if again else kept[name].dtype)
         if again:
-            scale = name.removesuffix(fp8_block.WEIGHT) + fp8_block.SCALE
-            block = fp8_block.block_size(quantization_config(ckpt.config.value))[0]
-            tensors[name], tensors[scale] = fp8_block.encode(changed, block, kept[scale].dtype)
+            tensors |= fp8.requantized(kept, name, changed)
         else:
             tensors[name] = changed
     notes = []

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import quantization_config
 from tensorsurgeon.errors import RefusedError, SurgeonError, UsageError, raise_all
 from tensorsurgeon.ops.dequantization import FloatName, as_plain
 from tensorsurgeon.ops.directions_file import Directions, Place, read_directions
@@ -25,7 +24,7 @@ from tensorsurgeon.ops.projecting import (
 )
 from tensorsurgeon.ops.residual import Target, choose_writers, warnings_of
 from tensorsurgeon.parameters import Count, File, Layers, Words
-from tensorsurgeon.quantized import format_name, fp8_block, quantized_tensors
+from tensorsurgeon.quantized import format_name, fp8, quantized_tensors
 from tensorsurgeon.registry import operation
 from tensorsurgeon.running import running
 from tensorsurgeon.scratch import Scratch
@@ -133,7 +132,7 @@ def _quantized_problems(ckpt: Checkpoint, names: Collection[str]) -> Iterator[st
     found = sorted(set(quantized_tensors(ckpt.tensors)).intersection(names))
     if found:
         yield (
-            f"project: {len(found)} of these weights are quantised ({format_name(ckpt.tensors)}), for example "
+            f"project: {len(found)} of these weights are quantised ({format_name(ckpt)}), for example "
             f"{found[0]!r}; say dequantize to decode the model, or requantize to write them as block FP8 again."
         )
 
@@ -160,10 +159,7 @@ def _written(kept: Checkpoint, projection: Projection) -> dict[str, LazyTensor]:
     name = projection.target.name
     if kept[name].dtype != "F8_E4M3":
         return {name: projection.tensor(kept[name].dtype)}
-    scale = name.removesuffix(fp8_block.WEIGHT) + fp8_block.SCALE
-    block, _ = fp8_block.block_size(quantization_config(kept.config.value))
-    encoded = fp8_block.encode(projection.tensor("F32"), block, kept[scale].dtype)
-    return dict(zip((name, scale), encoded, strict=True))
+    return fp8.requantized(kept, name, projection.tensor("F32"))
 
 
 def _report(projections: Sequence[Projection], bases: Mapping[Place, Basis]) -> dict[str, Any]:

@@ -1,38 +1,99 @@
 """Quantised formats on disk: what tells them from plain numbers, and one module for each that can be decoded.
 
 The tensors decide: a module is quantised where its companion tensors (scales, zero points, packed codes) lie
-beside its weight; the config only says what the tensors cannot.
+beside its weight; the config only says what the tensors cannot. A format is one module here and one entry of `FORMATS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.format import BITS
-from tensorsurgeon.names import companions
+from tensorsurgeon.quantized import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    compressed_tensors_packed,
+    compressed_tensors_sparse,
+    fbgemm_fp8,
+    fp8,
+    fp8_split_experts,
+    gptq,
+    mlx,
+    modelopt,
+    mxfp4_experts,
+    torchao,
+)
+from tensorsurgeon.quantized.parts import IDLE, Format, Parts, Plain, Settings, coded, group, leftover
+from tensorsurgeon.quantized.parts import PLAIN as PLAIN
+from tensorsurgeon.quantized.refused import refusal
+from tensorsurgeon.quantized.settings import find_settings
 from tensorsurgeon.tensor import LazyTensor
 
-PLAIN = ("F64", "F32", "F16", "BF16")
-"""Dtypes whose elements are numbers that mean themselves."""
+FORMATS: tuple[Format, ...] = (
+    fp8_split_experts.FORMAT,
+    fp8.FORMAT,
+    bitsandbytes.FORMAT,
+    mlx.FORMAT,
+    torchao.FORMAT,
+    modelopt.FORMAT,
+    compressed_tensors_packed.FORMAT,
+    compressed_tensors_sparse.FORMAT,
+    compressed_tensors.FORMAT,
+    mxfp4_experts.FORMAT,
+    fbgemm_fp8.FORMAT,
+    awq.FORMAT,
+    gptq.FORMAT,
+)
+"""The formats that can be decoded, in the order in which they are asked whether a module is theirs."""
 
-PACKED = ("I32", "U32", "U8")
-"""Dtypes of quantised weights that hold several numbers, or parts of them, in one element."""
+DENSE = ("position_ids", "relative_position_index", ".attn.bias", ".attention.bias", "token_type_ids")
+"""How integers end that are tables and masks, not weights."""
 
-_FORMATS = {
-    ".weight_packed": "compressed-tensors packed",
-    ".qweight": "GPTQ or AWQ",
-    "_blocks": "MXFP4",
-    ".weight.absmax": "bitsandbytes",
-    ".weight_absmax": "bitsandbytes",
-    ".SCB": "bitsandbytes int8",
-    ".weight_scale_2": "ModelOpt NVFP4",
-    "._weight_qdata": "torchao",
-    ".weight_scale_inv": "FP8 with inverse scales",
-    ".weight_scale": "FP8 or INT8 with scales",
-    ".trellis": "EXL3",
-}
+
+class Found(NamedTuple):
+    """What is quantised: modules by the name of the plain tensor, tensors without a meaning for them, and faults."""
+
+    modules: Mapping[str, Plain]
+    tensors: Mapping[str, str]
+    idle: frozenset[str]
+    problems: tuple[str, ...]
+
+
+def find_modules(ckpt: Checkpoint) -> Found:
+    """Return every quantised module; `tensors` maps each tensor of one to the name of its plain tensor.
+
+    Only headers and settings are read.
+    """
+    settings = find_settings(ckpt)
+    modules: dict[str, Plain] = {}
+    tensors: dict[str, str] = {}
+    idle: set[str] = set()
+    faults: list[tuple[set[str], str]] = []
+    for parts in group(ckpt.tensors).values():
+        idle |= {f"{parts.module}{part}" for part in parts.tensors if part in IDLE}
+        if not coded(parts):
+            continue
+        try:
+            plain = _read(parts, settings)
+        except RefusedError as problem:
+            names = {f"{parts.module}{part}" for part in parts.tensors}
+            faults += [(names, text) for text in problem.problems]
+            continue
+        faults += [
+            ({f"{parts.module}{part}"}, f"{parts.module}{part}: is no part of a module in the format {plain.label}.")
+            for part in leftover(parts, plain.parts)
+        ]
+        modules[plain.name] = plain
+        tensors |= {f"{parts.module}{part}": plain.name for part in plain.parts}
+    # What modules share may lie under a name that looks like one more module.
+    shared = frozenset(name for plain in modules.values() for name in plain.shared)
+    problems = dict.fromkeys(text for names, text in faults if not names <= shared | idle)
+    return Found(modules, tensors, frozenset(idle) | shared, tuple(problems))
 
 
 def quantized_tensors(tensors: Mapping[str, LazyTensor]) -> list[str]:
@@ -40,26 +101,31 @@ def quantized_tensors(tensors: Mapping[str, LazyTensor]) -> list[str]:
 
     Integers that are no weight (`position_ids`, token tables) count as plain.
     """
-    described = companions(tensors)
-    modules = set(described.values())
-    return [
-        name
-        for name, tensor in tensors.items()
-        if name in described
-        or (BITS[tensor.dtype] < 16 and tensor.dtype.startswith("F"))
-        or (tensor.dtype not in PLAIN and (name in modules or name.removesuffix(".weight") in modules))
-    ]
+    found = {
+        f"{parts.module}{part}"
+        for parts in group(tensors).values()
+        for part in parts.tensors
+        if coded(parts) or part in IDLE
+    }
+    return [name for name in tensors if name in found]
 
 
-def format_name(tensors: Mapping[str, LazyTensor]) -> str | None:
-    """Return a name for the quantised format that the tensors show, or None for plain ones."""
-    found = quantized_tensors(tensors)
-    if not found:
-        return None
-    for suffix, name in _FORMATS.items():
-        if any(tensor.endswith(suffix) for tensor in found):
-            return name
-    return f"{tensors[found[0]].dtype} weights"
+def format_name(ckpt: Checkpoint) -> str | None:
+    """Return the quantised formats that the modules of a checkpoint are in, or None for plain ones."""
+    labels = Counter(plain.label for plain in find_modules(ckpt).modules.values())
+    if labels:
+        return "; ".join(label for label, _ in labels.most_common())
+    found = quantized_tensors(ckpt.tensors)
+    return f"{ckpt[found[0]].dtype} that cannot be decoded" if found else None
+
+
+def residue(tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
+    """Yield the names of tensors that are codes, or may be, in what should be plain."""
+    for name, tensor in tensors.items():
+        narrow = tensor.dtype.startswith("F") and BITS[tensor.dtype] < 16
+        whole = tensor.dtype in ("U8", "I8", "I32", "U32") and len(tensor.shape) > 1 and not name.endswith(DENSE)
+        if narrow or whole:
+            yield name
 
 
 def require_plain(ckpt: Checkpoint, names: Iterable[str], operation: str) -> None:
@@ -68,6 +134,17 @@ def require_plain(ckpt: Checkpoint, names: Iterable[str], operation: str) -> Non
     if quantized:
         first = min(quantized)
         raise RefusedError(
-            f"{operation}: {len(quantized)} tensors are quantised ({format_name(ckpt.tensors)}), for example "
+            f"{operation}: {len(quantized)} tensors are quantised ({format_name(ckpt)}), for example "
             f"{first!r} in {ckpt[first].dtype}; their codes are not numbers to compute with. Run 'dequantize' first."
         )
+
+
+def _read(parts: Parts, settings: Settings) -> Plain:
+    refused = refusal(settings, parts)
+    if refused:
+        raise RefusedError(refused)
+    for each in FORMATS:
+        if each.claims(parts, settings):
+            return each.read(parts, settings)
+    what = ", ".join(f"{part or 'the weight'} in {tensor.dtype}" for part, tensor in parts.tensors.items())
+    raise RefusedError(f"{parts.module}: is in no format that is known here: {what}.")

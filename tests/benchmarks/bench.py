@@ -39,9 +39,10 @@ MIB = 2**20
 COMMAND = [sys.executable, "-m", "tensorsurgeon"]
 IMPORTS = {
     "select-layers": "import tensorsurgeon.cli",
-    "dequantize": "import tensorsurgeon.cli, tensorsurgeon.kernels.fp8",
+    "dequantize": "import tensorsurgeon.cli, tensorsurgeon.kernels.tables",
     "autopsy": "import tensorsurgeon.cli, tensorsurgeon.exams.vitals",
     "perturb": "import tensorsurgeon.cli, tensorsurgeon.kernels.perturbing",
+    "quantize": "import tensorsurgeon.cli, tensorsurgeon.kernels.fp8_errors",
 }
 """What each command imports: the floor under its peak memory."""
 
@@ -320,7 +321,7 @@ def measure_dequantize(setup: Setup) -> list[Figure]:
         source, dest = place / "source", place / "dest"
         shapes = synthetic.in_fp8(setup.fp8.shapes())
         synthetic.write(source, shapes, synthetic.fp8_config(setup.fp8.config()), setup.shard_size)
-        reference = helper("reference", source, dest)
+        reference, converter = (helper(name, source, dest) for name in ("reference", "convert"))
         size = check_decoded(source, place)
 
         def ours() -> Run:
@@ -331,17 +332,63 @@ def measure_dequantize(setup: Setup) -> list[Figure]:
             prepare(dest, source, size)
             return run(reference)
 
-        mine, other, serial = alternate(setup.runs, ours, theirs, lambda: phases(source, dest, size))
+        def peers() -> Run:
+            prepare(dest, source, size)
+            return run(converter)
+
+        mine, other, peer, serial = alternate(setup.runs, ours, theirs, peers, lambda: phases(source, dest, size))
         codes = sum(synthetic.nbytes(*it) for it in shapes.values() if it[0] == "F8_E4M3") / 1e9
     walls, cpus = [it.wall for it in mine], [it.cpu for it in mine]
     title = f"dequantize, {codes:.2f} GB of codes"
     return [
         Figure(f"{title}, with torch: CPU", "s", cpus, [it.cpu for it in other], 0.5),
         Figure(f"{title}, with torch: wall", "s", walls, [it.wall for it in other]),
+        Figure(f"{title}, with compressed-tensors: CPU", "s", cpus, [it.cpu for it in peer]),
+        Figure(f"{title}, with compressed-tensors: wall", "s", walls, [it.wall for it in peer]),
+        Figure(
+            f"{title}, with compressed-tensors: memory",
+            "MiB",
+            [it.peak / MIB for it in mine],
+            [it.peak / MIB for it in peer],
+        ),
         Figure(f"{title}: cores in use", "", [it.cpu / it.wall for it in mine], []),
         Figure(f"{title}, with its phases in turn: wall", "s", walls, [sum(it.values()) for it in serial], 1),
         *(Figure(f"{title}, phase by itself: {name}", "s", [it[name] for it in serial], []) for name in serial[0]),
     ]
+
+
+def measure_quantize(setup: Setup) -> list[Figure]:
+    """Compare block FP8 of a BF16 model, with its table of errors, with transformers' formula in torch."""
+    with workplace(setup) as place:
+        source, dest = place / "source", place / "dest"
+        synthetic.write(source, setup.plain.shapes(), setup.plain.config(), setup.shard_size, normal=True)
+        reference = helper("quantized", source, dest)
+        quantizing = surgeon("quantize", source, dest, "--format", "fp8-block", "--quiet")
+        ours_dest, theirs_dest = place / "ours", place / "theirs"
+        run(surgeon("quantize", source, ours_dest, "--format", "fp8-block", "--quiet"))
+        run(helper("quantized", source, theirs_dest))
+        mine, other = open_tensors(ours_dest), open_tensors(theirs_dest)
+        if set(mine) != set(other):
+            raise AssertionError("quantize: does not write the tensors that the reference writes.")
+        for name in list(mine)[:: max(1, len(mine) // 20)]:
+            require_equal(name, mine[name].get_tensor(name), other[name].get_tensor(name))
+        size, before = directory_size(ours_dest), directory_size(source)
+        for written in (ours_dest, theirs_dest):
+            shutil.rmtree(written)
+
+        def timed(command: list[str]) -> Run:
+            prepare(dest, source, size)
+            return run(command)
+
+        floor = run([sys.executable, "-c", IMPORTS["quantize"]])
+        done, peers = alternate(setup.runs, lambda: timed(quantizing), lambda: timed(reference))
+    title = f"quantize, {before / 1e9:.2f} GB of BF16, with torch"
+    return [
+        Figure(f"{title}: CPU", "s", [it.cpu for it in done], [it.cpu for it in peers], 0.5),
+        Figure(f"{title}: wall", "s", [it.wall for it in done], [it.wall for it in peers], 0.5),
+        Figure(f"{title}: memory beyond imports", "MiB", [(it.peak - floor.peak) / MIB for it in done],
+               [(it.peak - floor.peak) / MIB for it in peers], 1),
+    ]  # fmt: skip
 
 
 def measure_project(setup: Setup) -> list[Figure]:
@@ -623,6 +670,39 @@ def decode_in_torch(source: Path, dest: Path) -> None:
             os.fsync(file.fileno())
 
 
+def convert_with_compressed_tensors(source: Path, dest: Path) -> None:
+    """Decode a block-FP8 checkpoint with compressed-tensors, on as many threads as there are cores."""
+    from compressed_tensors.entrypoints.convert import FP8BlockDequantizer, convert_checkpoint
+
+    convert_checkpoint(source, dest, FP8BlockDequantizer(targets=["re:.*_proj$"]), max_workers=os.cpu_count() or 1)
+    for path in dest.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def quantize_in_torch(source: Path, dest: Path) -> None:
+    """Quantise the linear layers of a BF16 checkpoint in the plain way, by transformers' formula, shard by shard."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    dest.mkdir()
+    block = synthetic.BLOCK
+    for path in sorted(source.glob("*.safetensors")):
+        made = {}
+        for name, weight in load_file(path).items():
+            made[name] = weight
+            if name.endswith("_proj.weight"):
+                rows, columns = weight.shape
+                grid = weight.float().reshape(rows // block, block, columns // block, block)
+                amax = grid.abs().amax(dim=(1, 3))
+                scales = torch.where(amax > 0, 448 / amax, torch.ones_like(amax))
+                codes = (grid * scales[:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+                made |= {name: codes.reshape(rows, columns), f"{name}_scale_inv": 1 / scales}
+        save_file(made, dest / path.name)
+        with open(dest / path.name, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def dequantize_in_turn(source: Path, dest: Path) -> None:
     """Do what `dequantize` does on one thread, each phase by itself, and print the seconds of each as JSON."""
     sys.path.insert(0, str(ROOT))
@@ -644,10 +724,8 @@ def dequantize_in_turn(source: Path, dest: Path) -> None:
     for shard in plan.shards:
         for piece in shard.pieces(plan.block_memory):
             if piece.tensor:
-                first, last = piece.rows
-                blocks = [(it.tensor, first // it.rows, -(-last // it.rows)) for it in piece.tensor.inputs]
-                inputs = [timed("read", tensor.read, start, stop) for tensor, start, stop in blocks]
-                data = timed("compute", piece.tensor.function, *inputs).data
+                inputs = [timed("read", it.read, *piece.rows) for it in piece.tensor.inputs]
+                data = timed("compute", piece.tensor.function, piece.rows[0], *inputs).data
             else:
                 data = timed("read", read_span, piece.span)
             timed("hash", digest.update, data)
@@ -696,7 +774,9 @@ def perturb_in_torch(source: Path, dest: Path) -> None:
 HELPERS = {
     "noise": perturb_in_torch,
     "reference": decode_in_torch,
+    "convert": convert_with_compressed_tensors,
     "phases": dequantize_in_turn,
+    "quantized": quantize_in_torch,
     "statistics": statistics_in_torch,
 }
 """What this script runs in processes of their own, to be measured."""
@@ -706,6 +786,7 @@ MEASUREMENTS = {
     "mergekit": measure_mergekit,
     "extract-lora": measure_extract_lora,
     "dequantize": measure_dequantize,
+    "quantize": measure_quantize,
     "perturb": measure_perturb,
     "project": measure_project,
     "autopsy": measure_autopsy,

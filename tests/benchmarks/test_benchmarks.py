@@ -26,7 +26,8 @@ def within_limits(figures: list[Figure]) -> None:
 
 
 @pytest.mark.parametrize(
-    "measurement", ["select-layers", "mergekit", "extract-lora", "dequantize", "perturb", "autopsy", "diff", "memory"]
+    "measurement",
+    ["select-layers", "mergekit", "extract-lora", "dequantize", "quantize", "perturb", "autopsy", "diff", "memory"],
 )
 def test_measurement_runs(measurement: str, setup: Setup) -> None:
     figures = bench.MEASUREMENTS[measurement](setup)
