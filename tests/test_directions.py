@@ -205,7 +205,8 @@ def test_the_same_bytes_come_of_any_number_of_threads(tmp_path: Path) -> None:
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "8.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["deviations", "whitened-difference"])
 def test_bytes_do_not_depend_on_the_threads_of_libraries(method: str, tmp_path: Path) -> None:
     """Each number of threads is that of a process of its own, as libraries read it when they are loaded."""
     random = np.random.default_rng(0)
