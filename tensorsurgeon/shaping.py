@@ -24,7 +24,9 @@ def stacked(parts: Sequence[Rows]) -> LazyTensor:
 
 
 def flattened(tensor: LazyTensor) -> LazyTensor:
-    """Return a tensor that lies in one file as a matrix of its last dimension, so that few of its rows can be read."""
+    """Return a tensor as a matrix of its last dimension where that can be, so that few of its rows can be read."""
+    if tensor.folded and len(tensor.flat.shape) == 2:
+        return tensor.flat
     if tensor.span is None or len(tensor.shape) < 3:
         return tensor
     return LazyTensor(tensor.dtype, (prod(tensor.shape[:-1]), tensor.shape[-1]), tensor.span)

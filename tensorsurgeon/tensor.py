@@ -225,7 +225,7 @@ class LazyTensor:
             span = Span(self.span.path, self.span.offset + skipped, self._bytes_of(stop) - skipped)
             return Block(self.dtype, self._shape_of(stop - start), read_span(span, into))
         if self.parts:
-            return Block(self.dtype, self._shape_of(stop - start), b"".join(self._stacked(start, stop)))
+            return Block(self.dtype, self._shape_of(stop - start), bytearray().join(self._stacked(start, stop)))
         assert self.function
         first = start // self.grain * self.grain
         last = min(-(-stop // self.grain) * self.grain, self.rows)

@@ -15,11 +15,11 @@ Row = Mapping[str, Any]
 
 
 def summary(
-    one: Checkpoint, two: Checkpoint, rows: Sequence[Row], absent: Sequence[Row], whole: bool
+    one: Checkpoint, two: Checkpoint, rows: Sequence[Row], absent: Sequence[Row], others: Mapping[str, int], whole: bool
 ) -> dict[str, Any]:
     """Return what two checkpoints come to, from a row for each pair of tensors and for each that has no pair.
 
-    `whole` tells that nothing was left out by choice.
+    `others` is how many are in another dtype or shape; `whole` tells that nothing was left out by choice.
     """
     changes = [str(row["change"]).split(", ") for row in rows]
     same_bytes = sum(not {"values", "bytes", "same numbers"} & set(it) for it in changes)
@@ -38,8 +38,7 @@ def summary(
         "of the same numbers": same_numbers,
         "changed": len(rows) - same_bytes - same_numbers,
         "renamed or moved": moved,
-        "of another dtype": sum(row["dtype"] != one[row["from"]].dtype for row in rows),
-        "of another shape": sum(row["shape"] != list(one[row["from"]].shape) for row in rows),
+        **others,
         "in another shard": sum("shard" in it for it in changes),
         "removed": sum(row["change"] == "removed" for row in absent),
         "added": sum(row["change"] == "added" for row in absent),

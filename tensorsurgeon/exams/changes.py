@@ -8,15 +8,14 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.exams.change_tables import by_layer, by_role, summary
 from tensorsurgeon.exams.documents import unequal_files, unequal_keys
 from tensorsurgeon.exams.selection import layer_number, role_label, select
 from tensorsurgeon.exams.streaming import Reader, Work, each, same_bytes
-from tensorsurgeon.names import companions
 from tensorsurgeon.ops.dequantization import as_plain
 from tensorsurgeon.parameters import Glob, Layers, Model, Words
-from tensorsurgeon.quantized import PLAIN
+from tensorsurgeon.quantized import PLAIN, find_modules, stored_as
+from tensorsurgeon.quantized.parts import Plain
 from tensorsurgeon.registry import Findings, exam, open_model
 from tensorsurgeon.running import Budget, running
 from tensorsurgeon.tensor import LazyTensor
@@ -28,16 +27,25 @@ SHOWN = ("name", "change", "relative error", "cosine", "SNR", "largest differenc
 
 
 class Side(NamedTuple):
-    """One of two models: as it lies on disk, as plain numbers where it can be decoded, and what describes modules."""
+    """One of two models: as it lies on disk, as plain numbers where it can be decoded, and of what weights are made."""
 
     raw: Checkpoint
     plain: Checkpoint
-    described: Mapping[str, Sequence[str]]
+    modules: Mapping[str, Plain]
+    made_of: Mapping[str, Sequence[str]]
 
     def parts(self, name: str) -> list[LazyTensor]:
-        """Return what a tensor consists of on disk: itself and, of a quantised weight, what describes it."""
-        companions_of = self.described.get(name.removesuffix(".weight"), ())
-        return [self.raw[part] for part in (name, *companions_of) if part in self.raw]
+        """Return what a tensor consists of on disk: itself or, of a quantised weight, codes and scales."""
+        return [self.raw[part] for part in self.made_of.get(name, (name,))]
+
+    def kind(self, name: str) -> str:
+        """Return the dtype on disk or, of a weight that lies there under other names or shapes, its format."""
+        return stored_as(self.raw, self.modules, name)
+
+    def file(self, name: str) -> str | None:
+        """Return the file that a tensor, or the first part of it, lies in."""
+        span = self.parts(name)[0].span
+        return span.path.name if span else None
 
 
 class Compared(NamedTuple):
@@ -85,12 +93,16 @@ def diff(
     gone = [name for name in gone if name not in set(pairs.values())]
     rows = [_row(one, two, pairs[name], name, found[name]) for name in pairs]
     rows.sort(key=lambda row: -(row["relative error"] or 0))
-    absent = [{"tensor": name, "change": "removed", **_described(one.raw, name)} for name in gone]
-    absent += [{"tensor": name, "change": "added", **_described(two.raw, name)} for name in new]
+    absent = [{"tensor": name, "change": "removed", **_described(one, name)} for name in gone]
+    absent += [{"tensor": name, "change": "added", **_described(two, name)} for name in new]
     config = list(unequal_keys(one.raw.config.value, two.raw.config.value))
     files = list(unequal_files(one.raw, two.raw))
     layer_text, layer_rows = by_layer(one.plain, alignment.layers, rows)
-    facts = summary(one.raw, two.raw, rows, absent, whole) | {
+    others = {
+        "of another dtype": sum(row["dtype"] != one.kind(row["from"]) for row in rows),
+        "of another shape": sum(row["shape"] != list(one.plain[row["from"]].shape) for row in rows),
+    }
+    facts = summary(one.raw, two.raw, rows, absent, others, whole) | {
         "config keys": len(config),
         "other files": len(files),
         "layers": layer_text,
@@ -107,14 +119,16 @@ def diff(
 
 
 def _side(ckpt: Checkpoint) -> Side:
-    described: dict[str, list[str]] = defaultdict(list)
-    for name, module in companions(ckpt.tensors).items():
-        described[module].append(name)
-    try:
-        return Side(ckpt, as_plain(ckpt, "float32"), described)
-    except RefusedError:
+    found = find_modules(ckpt)
+    if found.problems:
         # What cannot be decoded is compared by its bytes.
-        return Side(ckpt, ckpt, {})
+        return Side(ckpt, ckpt, {}, {})
+    made_of: dict[str, list[str]] = defaultdict(list)
+    for part, name in found.tensors.items():
+        made_of[name].append(part)
+    for name, module in found.modules.items():
+        made_of[name] += module.shared
+    return Side(ckpt, as_plain(ckpt), found.modules, made_of)
 
 
 def _compare(one: Side, two: Side, pairs: Mapping[str, str]) -> dict[str, Compared]:
@@ -164,16 +178,17 @@ def _stable_ranks(pairs: Mapping[str, tuple[LazyTensor, LazyTensor]]) -> dict[st
 
 
 def _row(one: Side, two: Side, origin: str, name: str, compared: Compared) -> dict[str, Any]:
-    before, after = one.raw[origin], two.raw[name]
+    before, after = one.plain[origin], two.plain[name]
+    kinds = one.kind(origin), two.kind(name)
     changes = []
     if origin != name:
         layers = layer_number(one.plain, origin), layer_number(two.plain, name)
         changes.append(f"from layer {layers[0]}" if None not in layers and layers[0] != layers[1] else "renamed")
-    if before.dtype != after.dtype:
-        changes.append(f"{before.dtype} to {after.dtype}")
+    if kinds[0] != kinds[1]:
+        changes.append(" to ".join(kinds))
     if before.shape != after.shape:
         changes.append(f"{_size(before)} to {_size(after)}")
-    if before.span and after.span and before.span.path.name != after.span.path.name:
+    if None not in (files := (one.file(origin), two.file(name))) and files[0] != files[1]:
         changes.append("shard")
     difference = compared.difference
     if not compared.equal:
@@ -186,7 +201,7 @@ def _row(one: Side, two: Side, origin: str, name: str, compared: Compared) -> di
         "from": origin,
         "layer": layer_number(two.plain, name),
         "role": role_label(two.plain.roles[name]),
-        "dtype": after.dtype,
+        "dtype": kinds[1],
         "shape": list(after.shape),
         "change": ", ".join(changes) or "equal",
         "relative error": statistics.get("relative error", unchanged),
@@ -199,9 +214,9 @@ def _row(one: Side, two: Side, origin: str, name: str, compared: Compared) -> di
     }
 
 
-def _described(ckpt: Checkpoint, name: str) -> dict[str, Any]:
-    tensor = ckpt[name]
-    return {"dtype": tensor.dtype, "shape": list(tensor.shape), "elements": prod(tensor.shape)}
+def _described(side: Side, name: str) -> dict[str, Any]:
+    tensor = side.plain[name]
+    return {"dtype": side.kind(name), "shape": list(tensor.shape), "elements": prod(tensor.shape)}
 
 
 def _size(tensor: LazyTensor) -> str:

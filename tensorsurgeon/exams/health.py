@@ -18,7 +18,8 @@ from tensorsurgeon.exams.streaming import Reader, Work, each
 from tensorsurgeon.exams.verdict import Rule, Subject, judge, with_limits
 from tensorsurgeon.ops.dequantization import as_plain
 from tensorsurgeon.parameters import File, Glob, Layers, Model, Share, Thresholds, Words
-from tensorsurgeon.quantized import PLAIN, quantized_tensors
+from tensorsurgeon.quantized import PLAIN, find_modules, quantized_tensors, stored_as
+from tensorsurgeon.quantized.parts import Plain
 from tensorsurgeon.registry import Findings, exam, open_model
 from tensorsurgeon.running import running
 from tensorsurgeon.sizes import format_size
@@ -32,10 +33,11 @@ SHOWN = ("name", "mean", "std", "absmax", "kurtosis", "outlier share", "row rati
 
 
 class Patient(NamedTuple):
-    """A model that is looked at: the tensors of it that were chosen, as plain numbers."""
+    """A model that is looked at: the tensors of it that were chosen, as plain numbers, and its quantised modules."""
 
     ckpt: Checkpoint
     plain: Checkpoint
+    modules: Mapping[str, Plain]
     chosen: tuple[str, ...]
     skipped: int
 
@@ -113,18 +115,17 @@ def autopsy(
 
 
 def _patient(ckpt: Checkpoint, names: str | None, roles: Sequence[str] | None, layers: Any) -> Patient:
-    try:
-        plain = as_plain(ckpt, "bfloat16")
-    except RefusedError:
-        # What is plain can be looked at all the same.
-        plain = ckpt
-        if set(quantized_tensors(ckpt.tensors)).intersection(select(ckpt, names, roles, layers)):
-            raise
+    found = find_modules(ckpt)
+    # Where some cannot be decoded, what is plain can be looked at all the same.
+    plain = ckpt if found.problems else as_plain(ckpt, "bfloat16")
+    if found.problems and set(quantized_tensors(ckpt.tensors)).intersection(select(ckpt, names, roles, layers)):
+        raise RefusedError(*found.problems)
+    modules = {} if found.problems else found.modules
     chosen = select(plain, names, roles, layers)
     numbers = tuple(name for name in chosen if plain[name].dtype in PLAIN and plain[name].nbytes)
     if not numbers:
         raise UsageError("nothing is selected: there are no numbers in what was chosen.")
-    return Patient(ckpt, plain, numbers, len(chosen) - len(numbers))
+    return Patient(ckpt, plain, modules, numbers, len(chosen) - len(numbers))
 
 
 def _too_wide(patient: Patient) -> Iterator[str]:
@@ -174,7 +175,7 @@ def _subject(patient: Patient, name: str, vitals: Vitals) -> Subject:
         "name": name,
         "layer": layer_number(patient.plain, name),
         "role": role_label(role),
-        "dtype": patient.ckpt[name].dtype,
+        "dtype": stored_as(patient.ckpt, patient.modules, name),
         "shape": list(tensor.shape),
         "elements": prod(tensor.shape),
         **vitals.row,

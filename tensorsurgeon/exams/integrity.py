@@ -18,6 +18,7 @@ from tensorsurgeon.document import render
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import load_json
 from tensorsurgeon.lora import read_lora
+from tensorsurgeon.names import companions
 from tensorsurgeon.ops.servable import PROFILES, config_problems, pair_problems
 from tensorsurgeon.parameters import Location
 from tensorsurgeon.progress import Advance, progress_bar
@@ -219,10 +220,11 @@ def _model_class(ckpt: Checkpoint, directory: Path) -> Problems:
 
     if model_class(ckpt.config.value) is None:
         raise Skipped("transformers does not have it")
-    modules = find_modules(ckpt).modules.values()
-    if any(plain.name not in ckpt or plain.shape != ckpt[plain.name].shape for plain in modules):
+    found = find_modules(ckpt)
+    if any(plain.name not in ckpt or plain.shape != ckpt[plain.name].shape for plain in found.modules.values()):
         raise Skipped("the weights are packed, and have other names and shapes")
-    yield from load_problems(directory, ckpt.config.value)
+    described = {*found.tensors, *found.idle, *companions(ckpt.tensors)} - found.modules.keys()
+    yield from load_problems(directory, ckpt.config.value, described)
 
 
 def _values(ckpt: Checkpoint) -> Problems:

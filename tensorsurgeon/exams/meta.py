@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
-
-from tensorsurgeon.names import companions
 
 SHOWN = 5
 
@@ -24,8 +22,11 @@ def model_class(config: Mapping[str, Any]) -> Any:
     return None
 
 
-def load_problems(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the model class of transformers misses, does not know, or has in another shape."""
+def load_problems(directory: Path, config: Mapping[str, Any], described: Set[str]) -> Iterator[str]:
+    """Yield what the model class of transformers misses, does not know, or has in another shape.
+
+    Names that are `described`, scales above all, are no tensors of the plain model.
+    """
     architecture = config["architectures"][0]
     try:
         with _silence():
@@ -42,8 +43,7 @@ def load_problems(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"{architecture}: does not load in transformers: {_first_line(problem)}"
         return
     yield from _named(info["missing_keys"], f"{architecture} misses")
-    described = companions(info["unexpected_keys"])
-    yield from _named(set(info["unexpected_keys"]) - set(described), f"{architecture} does not know")
+    yield from _named(set(info["unexpected_keys"]) - described, f"{architecture} does not know")
     mismatched = [f"{name} {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     yield from _named(mismatched, f"{architecture} has another shape for")
 

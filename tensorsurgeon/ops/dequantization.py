@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import Literal
 
 from tensorsurgeon.checkpoint import Checkpoint
@@ -57,6 +57,18 @@ def dequantize(ckpt: Checkpoint, dtype: FloatName = "bfloat16", plain: Glob | No
 def as_plain(ckpt: Checkpoint, dtype: FloatName = "float32") -> Checkpoint:
     """Return a checkpoint to compute with: decoded to `dtype` where it is quantised, else as it is."""
     return dequantize(ckpt, dtype) if quantized_tensors(ckpt.tensors) else ckpt
+
+
+def as_numbers(ckpt: Checkpoint, decode: bool) -> tuple[Checkpoint, Set[str]]:
+    """Return a checkpoint to choose weights from, decoded to float32 where that can be done, and what is quantised.
+
+    Raises:
+        RefusedError: for what cannot be decoded, where it is to be.
+    """
+    found = find_modules(ckpt)
+    if decode or not found.problems:
+        return as_plain(ckpt), found.modules.keys()
+    return ckpt, set(quantized_tensors(ckpt.tensors))
 
 
 def _residue_problems(tensors: dict[str, LazyTensor], said: Collection[str]) -> list[str]:

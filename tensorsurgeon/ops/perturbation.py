@@ -10,11 +10,11 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, UsageError, raise_all
 from tensorsurgeon.groups import Chosen, choose, find_members
 from tensorsurgeon.names import layer_name
-from tensorsurgeon.ops.dequantization import FloatName, as_plain
+from tensorsurgeon.ops.dequantization import FloatName, as_numbers, as_plain
 from tensorsurgeon.ops.dtypes import cast_tensor
 from tensorsurgeon.ops.untying import TIE, head_name, untied
 from tensorsurgeon.parameters import Layers, Words
-from tensorsurgeon.quantized import find_modules, fp8, quantized_tensors
+from tensorsurgeon.quantized import fp8, quantized_tensors
 from tensorsurgeon.registry import operation
 from tensorsurgeon.tensor import Block, LazyTensor, Pieces
 
@@ -153,12 +153,11 @@ def perturb(
         RefusedError: for quantised weights, for fused ones whose parts cannot be told apart, and for a tied head.
     """
     raise_all(UsageError, _slips(method, level, per, by, dequantize and requantize))
-    quantized = find_modules(ckpt).modules if quantized_tensors(ckpt.tensors) else {}
-    if (dequantize or requantize) and not quantized:
+    if (dequantize or requantize) and not quantized_tensors(ckpt.tensors):
         raise UsageError(f"perturb: {'dequantize' if dequantize else 'requantize'}: no weight here is quantised.")
     source, twin = _separated(ckpt, group, untie)
-    exact = as_plain(source)
-    touched = sorted(quantized.keys() & find_members(exact, group, layers))
+    exact, quantized = as_numbers(source, dequantize or requantize)
+    touched = sorted(quantized & set(find_members(exact, group, layers)))
     if touched and not (dequantize or requantize):
         raise RefusedError(
             f"perturb: {len(touched)} of the chosen tensors are quantised, for example {touched[0]!r}; --dequantize "

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, SurgeonError, UsageError, raise_all
-from tensorsurgeon.ops.dequantization import FloatName, as_plain
+from tensorsurgeon.ops.dequantization import FloatName, as_numbers, as_plain
 from tensorsurgeon.ops.directions_file import Directions, Place, read_directions
 from tensorsurgeon.ops.projecting import (
     LAYERS_TABLE,
@@ -86,10 +86,12 @@ def project(
         except UsageError as problem:
             usage += problem.problems
             layers = tuple(layer for layer in layers if layer < ckpt.layers.count)
-    chosen = choose_writers(ckpt, weights, layers)
+    decode = dequantize or requantize
+    seen, quantized = as_numbers(ckpt, decode)
+    chosen = choose_writers(seen, weights, layers)
     usage += chosen.usage
-    names = [it.name for it in chosen.targets]
-    problems = [*chosen.problems, *([] if dequantize or requantize else _quantized_problems(ckpt, names))]
+    touched = sorted(quantized & {it.name for it in chosen.targets})
+    problems = [*chosen.problems, *([] if decode else _quantized_problems(ckpt, touched))]
     found = Directions({}, [], [])
     if chosen.width:
         try:
@@ -100,8 +102,7 @@ def project(
         usage.append("project: keep: a projector says itself what it keeps; leave keep out.")
     problems += found.problems
     raise_all(UsageError if usage else RefusedError, [*usage, *problems])
-    decode = dequantize or requantize
-    plain, exact = (as_plain(ckpt, dtype), as_plain(ckpt)) if decode else (ckpt, ckpt)
+    plain, exact = (as_plain(ckpt, dtype), seen) if decode else (ckpt, ckpt)
     kept = ckpt if requantize else plain
     changes = {place: _change(basis, keep, scale, preserve_norms) for place, basis in found.bases.items()}
     scratch = Scratch()
@@ -128,8 +129,7 @@ def _contradictions(ckpt: Checkpoint, keep: bool, scale: float, dequantize: bool
         yield f"project: {'dequantize' if dequantize else 'requantize'}: no weight of the model is quantised."
 
 
-def _quantized_problems(ckpt: Checkpoint, names: Collection[str]) -> Iterator[str]:
-    found = sorted(set(quantized_tensors(ckpt.tensors)).intersection(names))
+def _quantized_problems(ckpt: Checkpoint, found: Sequence[str]) -> Iterator[str]:
     if found:
         yield (
             f"project: {len(found)} of these weights are quantised ({format_name(ckpt)}), for example "

@@ -119,6 +119,14 @@ def format_name(ckpt: Checkpoint) -> str | None:
     return f"{ckpt[found[0]].dtype} that cannot be decoded" if found else None
 
 
+def stored_as(ckpt: Checkpoint, modules: Mapping[str, Plain], name: str) -> str:
+    """Return the dtype that a plain tensor has on disk, or the format of one with another name or shape there."""
+    plain = modules.get(name)
+    if plain is None or (name in ckpt and ckpt[name].shape == plain.shape):
+        return ckpt[name].dtype
+    return plain.label
+
+
 def residue(tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
     """Yield the names of tensors that are codes, or may be, in what should be plain."""
     for name, tensor in tensors.items():
