@@ -55,12 +55,14 @@ def test_raw_numbers_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert json.loads((tmp_path / "raw.json").read_text())[0]["ours"] == [1.0]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_headers_of_the_largest_model_are_read_quickly_in_little_memory(tmp_path: Path) -> None:
     """Best of three runs, as other work on the machine only ever makes them longer."""
     within_limits(bench.measure_headers(Setup(tmp_path, runs=3)))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
     """A tensor of 2 GiB; the source is all holes, but up to 4 GiB of output are written."""
