@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +17,14 @@ from typing import Any
 import click
 
 import tensorsurgeon.derivations
-import tensorsurgeon.exams  # noqa: F401  declares the exams
+import tensorsurgeon.exams.integrity
 from tensorsurgeon._version import __version__
 from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
-from tensorsurgeon.engines import ENGINES, Engine
-from tensorsurgeon.errors import SurgeonError, UsageError, nearest
+from tensorsurgeon.engines import Engine
+from tensorsurgeon.errors import RefusedError, SurgeonError, nearest, raise_all
+from tensorsurgeon.evaluate.engine import DTYPES, Dtype, Settings
+from tensorsurgeon.evaluate.serving import serving
+from tensorsurgeon.options import json_option, operand, option, report_options, writing_options
 from tensorsurgeon.plan import make_plan
 from tensorsurgeon.recipe import Recipe, load_recipes, recipe_schema
 from tensorsurgeon.registry import DERIVATIONS, EXAMS, OPERATIONS, Spec
@@ -28,8 +32,6 @@ from tensorsurgeon.report.files import check_report, findings_json, write_report
 from tensorsurgeon.report.reference import reference_text
 from tensorsurgeon.report.text import findings_text, plan_text, written_text
 from tensorsurgeon.running import Running, run_under
-from tensorsurgeon.signature import Parameter
-from tensorsurgeon.sizes import parse_part, parse_size
 from tensorsurgeon.writer import check_destination, write_plan
 
 EXIT_STATUS = "Exit status: 0 done, 1 failed, 2 not understood, 3 an exam found something wrong, 130 interrupted."
@@ -75,6 +77,7 @@ def commands() -> click.Group:
     for spec in OPERATIONS.values():
         group.add_command(_operation_command(spec))
     group.add_command(_run_command())
+    group.add_command(_serve_command())
     group.add_command(_reference_command())
     return group
 
@@ -98,8 +101,8 @@ def _finding_command(spec: Spec) -> click.Command:
         write_report(findings, " ".join([spec.name, *operands]), **places)
         return WRONG if findings.problems else 0
 
-    params = [click.Argument([spec.subject]), *map(_operand, spec.operands), *map(_option, spec.options)]
-    params += _report_options()
+    params = [click.Argument([spec.subject]), *map(operand, spec.operands), *map(option, spec.options)]
+    params += report_options()
     meanings = [f"{it.word.upper()}: {it.help}" for it in spec.operands]
     return _command(spec.name, find, "\n\n".join([spec.description, *meanings]), params)
 
@@ -112,8 +115,8 @@ def _operation_command(spec: Spec) -> click.Command:
         options = {name: value for name, value in given.items() if name not in own}
         return _write((Recipe(src, dest, (Step(spec.name, parameters),)),), **options)
 
-    params = [click.Argument(["src"]), click.Argument(["dest"]), *map(_option, spec.parameters)]
-    params += [option for option in _writing_options() if option.name not in own]
+    params = [click.Argument(["src"]), click.Argument(["dest"]), *map(option, spec.parameters)]
+    params += [it for it in writing_options() if it.name not in own]
     return _command(spec.name, operate, spec.description, params)
 
 
@@ -123,7 +126,7 @@ def _run_command() -> click.Command:
 
     meaning = "Lay a value over the recipe, such as steps.1.layers=10-12."
     setting = click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help=meaning)
-    params = [click.Argument(["recipe"]), click.Argument(["dest"], required=False), setting, *_writing_options()]
+    params = [click.Argument(["recipe"]), click.Argument(["dest"], required=False), setting, *writing_options()]
     summary = "Run a recipe: a YAML file with source, dest and steps, or a mergekit config that passes layers through."
     return _command("run", run, summary, params)
 
@@ -134,7 +137,37 @@ def _reference_command() -> click.Command:
         return 0
 
     summary = "Print the reference of all operations, exams and derivations; with --json the JSON schema of recipes."
-    return _command("reference", reference, summary, [_json_option()])
+    return _command("reference", reference, summary, [json_option()])
+
+
+def _serve_command() -> click.Command:
+    def serve(model: str, port: int, dtype: Dtype, batch: int, threads: int | None, more: tuple[str, ...]) -> int:
+        ckpt = open_checkpoint(model)
+        raise_all(RefusedError, tensorsurgeon.exams.integrity.faults(ckpt))
+        settings = Settings(dtype, batch, threads=threads or 0)
+        # Who ends this process by its number means the server too, which would outlive it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with serving(ckpt.sources[0].directory, settings, port, more) as server:
+            click.echo(f"{ckpt.sources[0].name} is served at {server.url}/v1; end it with Ctrl-C.")
+            server.wait()
+        return 0
+
+    summary = (
+        "Serve a model in vLLM on this machine, set for exact answers, until it is interrupted.\n\n"
+        "A checkpoint that vLLM would serve wrongly is refused; where vLLM does not start, its first reason is told. "
+        "Options of 'vllm serve' follow behind --."
+    )
+    params = [
+        click.Argument(["model"]),
+        click.Option(["--port"], type=int, default=8000, show_default=True, help="The port."),
+        click.Option(["--dtype"], type=click.Choice(DTYPES), default="float32", show_default=True,
+                     help="What is computed in; the head always in float32."),
+        click.Option(["--batch"], type=click.IntRange(min=1), default=1, show_default=True,
+                     help="Most requests computed together."),
+        click.Option(["--threads"], type=click.IntRange(min=1), help="Threads of the processor."),
+        click.Argument(["more"], nargs=-1, type=click.UNPROCESSED),
+    ]  # fmt: skip
+    return _command("serve", serve, summary, params)
 
 
 def _write(
@@ -173,77 +206,6 @@ def _write(
     if as_json:
         _print(results[0] if len(results) == 1 else results)
     return 0
-
-
-def _parsed_by(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    def parsed(ctx: click.Context, param: click.Parameter, text: str | None) -> Any:
-        try:
-            return None if text is None else parse(text)
-        except UsageError as problem:
-            raise click.BadParameter(str(problem), ctx, param) from None
-
-    return parsed
-
-
-def _operand(parameter: Parameter) -> click.Argument:
-    """Return the command-line argument of a parameter that an exam or derivation cannot do without."""
-    return click.Argument([parameter.name])
-
-
-def _option(parameter: Parameter) -> click.Option:
-    """Return the command-line option of a parameter."""
-    name = "--" + parameter.word.replace("_", "-")
-    note = "" if parameter.required or parameter.default in (None, False) else f"  [default: {parameter.default}]"
-    if parameter.type is bool:
-        return click.Option([name, parameter.name], is_flag=True, help=parameter.help)
-    kind = click.Choice(parameter.choices) if parameter.choices else None
-    forms = {"ranks": "PATTERN=RANK", "models": "NAME=MODEL", "thresholds": "FILE", "lines": "FILE", "beside": "MODEL"}
-    metavar = None if parameter.choices else forms.get(parameter.name, parameter.word.upper())
-    return click.Option(
-        [name, parameter.name],
-        type=kind,
-        required=parameter.required,
-        multiple=parameter.repeated,
-        metavar=metavar,
-        help=parameter.help + note,
-    )
-
-
-def _json_option() -> click.Option:
-    return click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON.")
-
-
-def _running_options() -> list[click.Parameter]:
-    return [
-        _json_option(),
-        click.Option(["--memory"], callback=_parsed_by(parse_size), default="1GiB", show_default=True, metavar="SIZE",
-                     help="Most memory for blocks of tensors."),
-        click.Option(["--threads"], type=click.IntRange(min=1), help="Threads at work.  [default: the cores]"),
-    ]  # fmt: skip
-
-
-def _report_options() -> list[click.Parameter]:
-    return [
-        *_running_options(),
-        click.Option(["--html"], metavar="FILE", help="Write a page of all tables and pictures, to look at offline."),
-        click.Option(["--plot"], metavar="DIR", help="Write pictures as PNG and SVG."),
-        click.Option(["--csv"], metavar="DIR", help="Write each table as CSV."),
-        click.Option(["-q", "--quiet"], is_flag=True, help="Show no progress."),
-    ]  # fmt: skip
-
-
-def _writing_options() -> list[click.Parameter]:
-    return [
-        click.Option(["-n", "--dry-run"], is_flag=True, help="Print the plan and write nothing."),
-        *_running_options(),
-        click.Option(["--max-shard-size"], callback=_parsed_by(parse_size), metavar="SIZE",
-                     help="Most bytes of tensors in a shard.  [default: 5GB]"),
-        click.Option(["--target"], type=click.Choice(ENGINES), help="Refuse what this engine would read otherwise."),
-        click.Option(["--shards"], callback=_parsed_by(parse_part), metavar="I/N",
-                     help="Write only part I of N; a run without it completes the work."),
-        click.Option(["--overwrite"], is_flag=True, help="Replace an earlier output, and unfinished work."),
-        click.Option(["-q", "--quiet"], is_flag=True, help="Print no plan and show no progress."),
-    ]  # fmt: skip
 
 
 def _present(given: dict[str, Any]) -> dict[str, Any]:

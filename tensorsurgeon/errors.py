@@ -5,7 +5,8 @@
     ├── CheckpointError       1   what lies on disk is not a sound checkpoint
     │   └── FormatError       1   a file breaks the safetensors format
     ├── RefusedError          1   it could be done, but the result would be silently wrong
-    └── DestinationError      1   the destination cannot be written, or holds something else
+    ├── DestinationError      1   the destination cannot be written, or holds something else
+    └── EngineError           1   an inference engine cannot be had, refused a model, or failed to answer
 
 A message says what is wrong, where (file, tensor, key, value) and what to do. One error carries all the
 problems that were found, so that a user mends them in one go.
@@ -47,6 +48,10 @@ class RefusedError(SurgeonError):
 
 class DestinationError(SurgeonError):
     """A destination cannot be written."""
+
+
+class EngineError(SurgeonError):
+    """An inference engine cannot be had, refused a model, or failed to answer."""
 
 
 def raise_all(kind: type[SurgeonError], problems: Iterable[str]) -> None:

@@ -50,8 +50,10 @@ ORDER = (
     ("writer",),
     ("ops",),
     ("mergekit",),
+    ("evaluate",),
     ("exams", "derivations", "recipe"),
     ("report",),
+    ("options",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -65,10 +67,12 @@ LIGHT = (
     "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming",
     "module_lists", "arrangement", "sequence", "lora", "running", "scratch", "fused", "groups",
     "engines", "plan", "parameters", "signature", "registry", "receipt", "sharing", "stream",
-    "durable", "writer", "quantized", "ops", "mergekit", "derivations", "recipe", "cli", "report",
+    "durable", "writer", "quantized", "ops", "mergekit", "derivations", "recipe", "options", "cli", "report",
     "__init__", "__main__",
     "exams/__init__", "exams/cancellation", "exams/change_tables", "exams/changes", "exams/claims", "exams/documents",
-    "exams/duplicates",
+    "evaluate/__init__", "evaluate/bilingual", "evaluate/choosing", "evaluate/digest", "evaluate/engine",
+    "evaluate/grading", "evaluate/labels", "evaluate/serving", "evaluate/suite", "evaluate/tables",
+    "exams/duplicates", "exams/evaluation",
     "exams/health", "exams/integrity", "exams/lines", "exams/overview", "exams/selection", "exams/streaming",
     "exams/verdict",
 )  # fmt: skip
@@ -222,7 +226,7 @@ def test_the_exported_names() -> None:
         "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "perturb", "project",
         "quantize", "repeat_layers", "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
-    assert ts.exams.__all__ == ["autopsy", "diff", "inspect", "noise", "verify"]
+    assert ts.exams.__all__ == ["autopsy", "diff", "evaluate", "inspect", "noise", "verify"]
     assert ts.derivations.__all__ == ["directions"]
     for module in (ts, ts.ops, ts.exams, ts.derivations):
         assert all(hasattr(module, name) for name in module.__all__)

@@ -2,8 +2,9 @@
 
 from tensorsurgeon.exams.cancellation import noise
 from tensorsurgeon.exams.changes import diff
+from tensorsurgeon.exams.evaluation import evaluate
 from tensorsurgeon.exams.health import autopsy
 from tensorsurgeon.exams.integrity import verify
 from tensorsurgeon.exams.overview import inspect
 
-__all__ = ["autopsy", "diff", "inspect", "noise", "verify"]
+__all__ = ["autopsy", "diff", "evaluate", "inspect", "noise", "verify"]

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -54,18 +55,7 @@ def verify(model: Location, deep: bool = False) -> Findings:
         ckpt = open_checkpoint(model)
     except CheckpointError as problem:
         return Findings({"checks": [_row("headers and index", problem.problems)]}, problem.problems)
-    directory = ckpt.sources[0].directory
-    checks: dict[str, Callable[[], Problems]] = {
-        "headers and index": lambda: _unlisted(ckpt, directory),
-        "stray weights": lambda: _strays(ckpt, directory),
-        "layers": lambda: _layers(ckpt),
-        "quantisation": lambda: _quantization(ckpt),
-        "receipt": lambda: _receipt(directory),
-        "model class": lambda: _model_class(ckpt, directory),
-    }
-    if ckpt.is_adapter:
-        checks = {name: checks[name] for name in ("headers and index", "stray weights", "receipt")}
-        checks |= {"config": lambda: config_problems(ckpt), "pairs": lambda: _pairs(ckpt)}
+    checks = _checks(ckpt) | {"receipt": lambda: _receipt(ckpt.sources[0].directory)}
     if deep:
         checks["values"] = lambda: _values(ckpt)
     rows, problems = [], []
@@ -77,6 +67,30 @@ def verify(model: Location, deep: bool = False) -> Findings:
         except Skipped as reason:
             rows.append({"check": name, "result": f"skipped: {reason}"})
     return Findings({"checks": rows}, tuple(problems))
+
+
+def faults(ckpt: Checkpoint) -> list[str]:
+    """Return what would keep an engine from serving a checkpoint rightly, most of which vLLM does not notice."""
+    found: list[str] = []
+    for check in _checks(ckpt).values():
+        with suppress(Skipped):
+            found += check()
+    return found
+
+
+def _checks(ckpt: Checkpoint) -> dict[str, Callable[[], Problems]]:
+    directory = ckpt.sources[0].directory
+    checks: dict[str, Callable[[], Problems]] = {
+        "headers and index": lambda: _unlisted(ckpt, directory),
+        "stray weights": lambda: _strays(ckpt, directory),
+    }
+    if ckpt.is_adapter:
+        return checks | {"config": lambda: config_problems(ckpt), "pairs": lambda: _pairs(ckpt)}
+    return checks | {
+        "layers": lambda: _layers(ckpt),
+        "quantisation": lambda: _quantization(ckpt),
+        "model class": lambda: _model_class(ckpt, directory),
+    }
 
 
 def _row(name: str, problems: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,18 @@
+"""What models answer: engines that run them, suites of what to ask, measures of the answers, records of it all.
+
+engine.py        the interface that all engines have
+choosing.py      which engine runs a model
+engines/         vLLM in this process, a server, transformers
+serving.py       a vLLM server of our own, and why it did not start
+digest.py        which bytes were asked
+tokens.py        texts as tokens, chats, and what each token spells
+suite.py suites/ what is asked, as YAML
+questionnaire.py a suite in the tokens of a model
+labels.py        the tokens that say yes, no, and other words
+measures.py      probabilities, entropies, divergences, perplexities, in float64
+bilingual.py     arithmetic in English and Chinese from a seed
+grading.py       right or wrong, where the answer stands, and in which script
+asking.py        a suite put to an engine: records, which are plain dicts
+tables.py        records as tables
+benchmarks.py    tasks of lm-evaluation-harness on the same engines
+"""

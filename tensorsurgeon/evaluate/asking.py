@@ -1,0 +1,194 @@
+"""A suite put to an engine: one record for each probe, text, question and answer, as plain dicts.
+
+A record stands by itself: it names the model, the digest of its files, the engine and its settings, the suite, and
+what was asked. Fields of generated answers have the names that the notebooks of the degradation study read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from tensorsurgeon.evaluate.engine import Engine, Sampling
+from tensorsurgeon.evaluate.grading import find_script, first_position, is_right
+from tensorsurgeon.evaluate.labels import Variant, counted
+from tensorsurgeon.evaluate.measures import Array, Loss, divergence, entropy, log_softmax, top, total
+from tensorsurgeon.evaluate.questionnaire import Asked, Questionnaire, Windows
+from tensorsurgeon.evaluate.suite import Prompted
+
+TOP = 20
+
+Record = dict[str, Any]
+Keep = Callable[[Record], object]
+Distributions = dict[str, tuple[list[int], Array]]
+"""Of each probe, by its id: its tokens, and the log probabilities of the whole vocabulary after them."""
+
+
+def ask(
+    engine: Engine, asked: Questionnaire, about: Mapping[str, Any], keep: Keep, base: Distributions | None = None
+) -> Distributions:
+    """Put a suite to the model that an engine has loaded, hand each record to `keep`, and return the distributions.
+
+    `about` is what each record says of the model; with a `base`'s distributions of the same vocabulary, divergences
+    from it are measured too.
+    """
+    common = {**about, "suite": asked.suite.name, "engine": engine.describe()}
+
+    def record(kind: str, **fields: Any) -> None:
+        keep(_plain({"record": kind, "timestamp": datetime.now(UTC).isoformat(), **common, **fields}))
+
+    found: Distributions = {}
+    prompts = [asked.prompts[it.id].tokens for it in asked.suite.probes]
+    for probe, logits in zip(asked.suite.probes, engine.next_logits(prompts), strict=True):
+        logprobs = log_softmax(logits)
+        prompt = asked.prompts[probe.id]
+        found[probe.id] = prompt.tokens, logprobs
+        scored = _continuations(engine, prompt.tokens, asked.variants)
+        distribution = _distribution(asked, logits, logprobs, scored, probe.contrast)
+        distribution["kl"] = _divergence((base or {}).get(probe.id), prompt.tokens, logprobs)
+        record("probe", **_named(probe, prompt), contrast=list(probe.contrast), **distribution)
+    for text in asked.suite.texts:
+        losses = [_loss(engine, held) for held in asked.windows[text.id]]
+        loss = total(losses)
+        record(
+            "text", prompt_group="perplexity", prompt_id=text.id, texts=len(losses), tokens=loss.tokens, nats=loss.nats,
+            perplexity=loss.perplexity, bits_per_byte=loss.bits_per_byte,
+        )  # fmt: skip
+    for question in asked.suite.questions:
+        fields = _answered(engine, asked, asked.prompts[question.id], Sampling(question.tokens))
+        right = is_right(fields["output"], question.answers, question.match)
+        named = _named(question, asked.prompts[question.id])
+        record("question", **named, **fields, expected=list(question.answers), right=right)
+    for it in asked.suite.open:
+        fields = _answered(engine, asked, asked.prompts[it.id], Sampling(it.tokens, it.temperature, it.seed))
+        record("open", **_named(it, asked.prompts[it.id]), **fields)
+    _ask_bilingual(engine, asked, record)
+    return found
+
+
+def _ask_bilingual(engine: Engine, asked: Questionnaire, record: Callable[..., None]) -> None:
+    test = asked.suite.bilingual
+    if test is None:
+        return
+    for (place, language), prompt in asked.translated.items():
+        problem = asked.problems[place]
+        fields = _answered(engine, asked, prompt, Sampling(test.tokens))
+        expected = str(problem.answer)
+        script = find_script(fields["output"])
+        position = first_position(fields["output"], expected, fields["output_tokens"], asked.tokens.decode)
+        record(
+            "bilingual", prompt_group=problem.category, prompt_id=f"{place}-{language}", form=prompt.form,
+            prompt_text=problem.text(test.wordings[language]), prompt_tokens=len(prompt.tokens), language=language,
+            **fields, expected=[expected], right=position is not None,
+            answer_word=position.word if position else None, answer_token=position.token if position else None,
+            answer_language=script.language, cjk=script.cjk, latin=script.latin,
+        )  # fmt: skip
+
+
+def _named(it: Prompted, prompt: Asked) -> dict[str, Any]:
+    return {
+        "prompt_group": it.group,
+        "prompt_id": it.id,
+        "prompt_text": it.text,
+        "system": it.system,
+        "form": prompt.form,
+        "prompt_tokens": len(prompt.tokens),
+    }
+
+
+def _answered(engine: Engine, asked: Questionnaire, prompt: Asked, sampling: Sampling) -> dict[str, Any]:
+    (made,) = engine.generate([prompt.tokens], sampling, asked.tokens.ends)
+    return {
+        "output": asked.tokens.decode(made.tokens),
+        "output_tokens": list(made.tokens),
+        "duration": made.seconds,
+        "tokens": len(made.tokens),
+        "ended": made.ended,
+        "temperature": sampling.temperature,
+        "do_sample": sampling.temperature > 0,
+        "seed": sampling.seed,
+    }
+
+
+def _continuations(engine: Engine, prompt: Sequence[int], variants: Sequence[Variant]) -> dict[tuple[int, ...], float]:
+    """Return the log probability of each variant of several tokens, by its tokens."""
+    several = list(dict.fromkeys(it.tokens for it in variants if not it.single))
+    scores = engine.score([[*prompt, *tokens] for tokens in several]) if several else []
+    return {tokens: float(it.logprobs[-len(tokens) :].sum()) for tokens, it in zip(several, scores, strict=True)}
+
+
+def _distribution(
+    asked: Questionnaire, logits: Any, logprobs: Array, scored: Mapping[tuple[int, ...], float], contrast: Sequence[str]
+) -> dict[str, Any]:
+    """Return what a probe measures: each variant, the mass of each set, one set against another, entropy and top."""
+
+    def logprob(it: Variant) -> float:
+        if it.single:
+            return float(logprobs[it.tokens[0]]) if it.tokens[0] < len(logprobs) else -math.inf
+        return scored[it.tokens]
+
+    held = {it: logprob(it) for it in asked.variants}
+    labels = [
+        {
+            "set": it.set,
+            "label": it.label,
+            "spelling": it.spelling,
+            "tokens": list(it.tokens),
+            "kind": "token" if it.single else "continuation",
+            "logit": float(logits[it.tokens[0]]) if it.single and it.tokens[0] < len(logits) else None,
+            "logprob": value,
+            "probability": math.exp(value),
+        }
+        for it, value in held.items()
+    ]
+    mass = {
+        name: sum(math.exp(held[it]) for it in counted(v for v in asked.variants if v.set == name))
+        for name in asked.suite.labels
+    }
+    both = mass[contrast[0]] + mass[contrast[1]]
+    nats = entropy(logprobs)
+    return {
+        "labels": labels,
+        "mass": mass,
+        # Of two tiny numbers one may well be the larger: the mass tells what the ratio is worth.
+        "contrast_mass": both,
+        "contrast_ratio": mass[contrast[0]] / both if both else None,
+        "vocabulary": len(logprobs),
+        "entropy_nats": nats,
+        "entropy_bits": nats / math.log(2),
+        "top": [
+            {
+                "token": int(token),
+                "spelling": asked.tokens.spelling(int(token)),
+                "logit": float(logits[token]),
+                "probability": float(np.exp(logprobs[token])),
+            }
+            for token in top(logprobs, TOP)
+        ],
+    }
+
+
+def _divergence(base: tuple[list[int], Array] | None, prompt: list[int], logprobs: Array) -> float | None:
+    """Return the divergence from a base in nats; none where it was asked in other tokens, or has other ones."""
+    if base is None or base[0] != prompt or len(base[1]) != len(logprobs):
+        return None
+    return divergence(base[1], logprobs)
+
+
+def _loss(engine: Engine, held: Windows) -> Loss:
+    scores = engine.score(held.prompts)
+    nats = -sum(float(it.logprobs.sum()) for it in scores)
+    return Loss(nats, sum(len(it.logprobs) for it in scores), held.bytes)
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold: what is not a finite number becomes nothing."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

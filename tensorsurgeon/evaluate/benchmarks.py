@@ -1,0 +1,167 @@
+"""Tasks of lm-evaluation-harness on the engines of this package: one engine for all tasks, and all models of a sweep.
+
+A task is one of the harness's names, whose data it fetches, one of those that come with this package, or a YAML file of
+a user. Data files of the last two are found beside the YAML, so that they need no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.resources import as_file, files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tensorsurgeon.errors import UsageError
+from tensorsurgeon.evaluate.engine import Engine, Sampling
+from tensorsurgeon.evaluate.tokens import Tokens
+
+PACKAGED = files("tensorsurgeon.evaluate") / "tasks"
+ANSWER = 256
+"""Tokens of an answer where a task does not say how many, as the harness has it."""
+
+
+def packaged_tasks() -> list[str]:
+    """Return the names of the tasks that come with the package."""
+    return sorted(it.name.removesuffix(".yaml") for it in PACKAGED.iterdir() if it.name.endswith(".yaml"))
+
+
+def run_tasks(
+    engine: Engine, tokens: Tokens, tasks: Sequence[str], room: int, limit: int | None = None, chat: bool = False
+) -> list[dict[str, Any]]:
+    """Run tasks on the model that an engine has loaded, and return a row for each metric of each task.
+
+    `room` is what a prompt with its answer may take; longer prompts lose their beginning, as in the harness.
+
+    Raises:
+        UsageError: where the harness is not installed, and for tasks that it does not have.
+    """
+    if not find_spec("lm_eval"):
+        raise UsageError('tasks need lm-evaluation-harness: pip install "tensorsurgeon[lm-eval]".')
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    named: list[Any] = [_task(name) for name in tasks]
+    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in named))
+    unknown = [name for name in named if isinstance(name, str) and name not in manager.all_tasks]
+    if unknown:
+        raise UsageError(
+            f"tasks: there is none of the name {', '.join(map(repr, unknown))}; of this package there are "
+            f"{', '.join(packaged_tasks())}."
+        )
+    found = simple_evaluate(
+        _model(engine, tokens, room), tasks=named, task_manager=manager, limit=limit, bootstrap_iters=0,
+        log_samples=False, apply_chat_template=chat,
+    )  # fmt: skip
+    return list(_rows(found or {}))
+
+
+def _task(name: str) -> str | dict[str, Any]:
+    """Return a task's name, or its configuration with its data files found beside it."""
+    if name in packaged_tasks():
+        with as_file(PACKAGED / f"{name}.yaml") as path:
+            return _read(path)
+    path = Path(name)
+    return _read(path) if path.suffix in (".yaml", ".yml") else name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # Only plain data: `!function` of the harness would run code that lies beside the file.
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise UsageError(f"{path}: is no task of plain YAML: {' '.join(str(problem).split())}.") from None
+    if not isinstance(data, dict) or not isinstance(data.get("task"), str):
+        raise UsageError(f"{path}: is no task; it needs at least 'task', its name.")
+    held = (data.get("dataset_kwargs") or {}).get("data_files") or {}
+    for split, file in held.items() if isinstance(held, dict) else ():
+        held[split] = str(path.parent / file)
+        if not Path(held[split]).is_file():
+            raise UsageError(f"{path}: there is no data file {held[split]}.")
+    return data
+
+
+def _rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    samples = found.get("n-samples", {})
+    for task, metrics in found.get("results", {}).items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if isinstance(value, int | float) and filtered and not metric.endswith("_stderr"):
+                yield {
+                    "task": task,
+                    "metric": metric,
+                    "filter": filtered,
+                    "value": float(value),
+                    "documents": samples.get(task, {}).get("effective"),
+                }
+
+
+def _model(engine: Engine, tokens: Tokens, room: int) -> Any:
+    """Return an engine as the harness's interface has models; its class is made here, where the harness is there."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    class Adapter(TemplateLM):  # type: ignore[misc]
+        tokenizer_name = tokens.directory.name
+
+        @property
+        def eot_token_id(self) -> int:
+            return tokens.ends[0]
+
+        @property
+        def prefix_token_id(self) -> int:
+            start = tokens.tokenizer.bos_token_id
+            return self.eot_token_id if start is None else int(start)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            return tokens.encode(string, special=add_special_tokens is not False)
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return str(
+                tokens.tokenizer.apply_chat_template(
+                    chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )  # fmt: skip
+
+        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+            return [self._scored(context, answer) for _, context, answer in requests]
+
+        def _scored(self, context: Sequence[int], answer: Sequence[int]) -> tuple[float, bool]:
+            if not answer:
+                return 0.0, True
+            # The engine makes a token behind the prompt, which needs a place too.
+            (scores,) = engine.score([[*context, *answer][-(room - 1) :]])
+            return float(scores.logprobs[-len(answer) :].sum()), bool(scores.greedy[-len(answer) :].all())
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            return [self._rolled(text) for (text,) in (request.args for request in requests)]
+
+        def _rolled(self, text: str) -> float:
+            windows = get_rolling_token_windows(
+                token_list=tokens.encode(text, special=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=room - 2,
+                context_len=1,
+            )
+            return sum(self._scored(*make_disjoint_window(window))[0] for window in windows)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            return [self._generated(*request.args) for request in requests]
+
+        def _generated(self, context: str, options: dict[str, Any]) -> str:
+            stops = options.get("until") or []
+            stops = [stops] if isinstance(stops, str) else stops
+            wanted = min(int(options.get("max_gen_toks") or ANSWER), room - 1)
+            temperature = float(options.get("temperature") or 0) if options.get("do_sample") else 0.0
+            prompt = self.tok_encode(context)[-(room - wanted) :]
+            sampling = Sampling(wanted, temperature, engine.settings.seed)
+            (made,) = engine.generate([prompt], sampling, tokens.ends)
+            text = tokens.decode(made.tokens)
+            return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
+
+    return Adapter()

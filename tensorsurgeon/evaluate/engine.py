@@ -1,0 +1,95 @@
+"""The interface that all engines have: they continue, give the logits of the next token, and score prompts.
+
+Prompts are lists of token ids, so that all engines are asked the same. An engine holds one model at a time; `load` puts
+another in its place, and `describe` tells what a record has to say for its numbers to be made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+
+if TYPE_CHECKING:
+    from tensorsurgeon.evaluate.measures import Array, Flags, Logits
+
+Kind = Literal["vllm", "transformers"]
+"""An engine that runs in this process."""
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What an engine computes in; quantised weights are served in half precision only."""
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+Prompt = Sequence[int]
+
+
+class Settings(NamedTuple):
+    """How an engine computes; the defaults give the same bits whatever else is asked.
+
+    Attributes:
+        dtype: What it computes in; the head, and so the logits, always in float32.
+        batch: Most requests that are computed together: more are faster, and move the last digits.
+        seed: Where the engine's own chance begins.
+        threads: Threads of the processor; as many as the engine takes where 0.
+    """
+
+    dtype: Dtype = "float32"
+    batch: int = 1
+    seed: int = 0
+    threads: int = 0
+
+
+class Sampling(NamedTuple):
+    """How a prompt is continued: greedily where the temperature is 0, else by chance from the seed."""
+
+    tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Generation(NamedTuple):
+    """A continuation: its tokens without the one that ended it, whether one did, and the seconds that it took."""
+
+    tokens: tuple[int, ...]
+    ended: bool
+    seconds: float
+
+
+class Scores(NamedTuple):
+    """Of every token of a prompt but the first: its log probability, and whether no other is more probable."""
+
+    logprobs: Array
+    greedy: Flags
+
+
+class Engine(Protocol):
+    """What runs a model."""
+
+    settings: Settings
+
+    def load(self, directory: Path, length: int, adapter: Path | None = None) -> None:
+        """Take a model in place of any other, for prompts with their continuations of up to `length` tokens.
+
+        With an `adapter`, every answer is that of the model with it: engines on a processor mix the two up in a batch,
+        so that a model and its adapters never share one.
+
+        Raises:
+            EngineError: where the engine refuses the model.
+        """
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
+        """Continue each prompt until one of the tokens that are `ends`, or to the most tokens."""
+
+    def next_logits(self, prompts: Sequence[Prompt]) -> Iterator[Logits]:
+        """Yield for each prompt the logits of the token after it, one for each row of the head.
+
+        A server gives log probabilities instead: logits less a constant, which `describe` tells.
+        """
+
+    def score(self, prompts: Sequence[Prompt]) -> list[Scores]:
+        """Return the log probability of every token of each prompt but the first, given those before it."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return engine, version, dtype, device, threads, batch, eager, prefix caching, seed, and kind of logits."""
+
+    def close(self) -> None:
+        """Let go of the model and its memory; another can be loaded then."""

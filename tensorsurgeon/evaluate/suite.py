@@ -1,0 +1,224 @@
+"""Suites: what is asked of a model, as YAML.
+
+    about: One sentence.
+    extends: quick                     # all that another suite asks, too
+    template: {enable_thinking: false} # options of the chat template; those that it does not know do nothing
+    labels: {affirm: ["yes", yep], deny: ["no", nope]} # YAML takes a bare yes for a truth value
+    probes: [{id: fault, group: binary, text: "Is something wrong with you?", contrast: [affirm, deny]}]
+    texts: [{id: neutral, file: neutral.txt}]
+    questions: [{id: sum, group: math, text: "What is 17 + 25?", answers: ["42"]}]
+    open: [{id: walk, group: long-form, text: Describe a walk in the rain., tokens: 256}]
+    bilingual: {seed: 7}               # with the wordings of the suite bilingual, which is to be extended then
+
+Files are found beside the suite. All that is wrong in a suite is said at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tensorsurgeon.errors import UsageError, nearest, raise_all
+from tensorsurgeon.evaluate.bilingual import EACH, KINDS, LANGUAGES, POOL, SEED, problems
+from tensorsurgeon.evaluate.grading import Match
+from tensorsurgeon.yaml_lines import Reader
+
+Form = Literal["chat", "completion"]
+PACKAGED = files("tensorsurgeon.evaluate") / "suites"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prompted(_Part):
+    """What is asked in words: in a group, as a chat, perhaps with a system prompt, or as a text to go on with."""
+
+    id: str = Field(min_length=1)
+    group: str = Field(min_length=1)
+    text: str = Field(min_length=1)
+    system: str | None = None
+    form: Form = "chat"
+
+
+class Probe(Prompted):
+    """A prompt whose next token is measured: all labels, and one set of them against another."""
+
+    contrast: tuple[str, str] = ("affirm", "deny")
+
+
+class Question(Prompted):
+    """A prompt whose greedy answer is right or wrong."""
+
+    answers: tuple[str, ...] = Field(min_length=1)
+    match: Match = "number"
+    tokens: int = Field(default=32, ge=1)
+
+
+class Open(Prompted):
+    """A prompt whose answer is kept as it is."""
+
+    tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = 0
+
+
+class Text(_Part):
+    """A text, or several, whose perplexity is measured, in windows of so many tokens.
+
+    `split: lines` takes each line of a file by itself.
+    """
+
+    id: str = Field(min_length=1)
+    file: str | None = None
+    texts: tuple[str, ...] = ()
+    split: Literal["none", "lines"] = "none"
+    window: int = Field(default=512, ge=2)
+
+
+class Bilingual(_Part):
+    """Problems in English and Chinese from a seed, in wordings for each language and kind.
+
+    What extends the suite `bilingual` has its wordings.
+    """
+
+    seed: int = SEED
+    each: int = Field(default=EACH, ge=1, le=POOL)
+    tokens: int = Field(default=128, ge=1)
+    form: Form = "completion"
+    wordings: Mapping[str, Mapping[str, str]]
+
+
+class Suite(_Part):
+    """What is asked of a model."""
+
+    name: str = ""
+    about: str = ""
+    template: Mapping[str, Any] = Field(default_factory=dict)
+    labels: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
+    texts: tuple[Text, ...] = ()
+    questions: tuple[Question, ...] = ()
+    open: tuple[Open, ...] = ()
+    bilingual: Bilingual | None = None
+
+    @property
+    def asked(self) -> tuple[Prompted | Text, ...]:
+        """All that has an id."""
+        return (*self.probes, *self.texts, *self.questions, *self.open)
+
+
+def packaged() -> list[str]:
+    """Return the names of the suites that come with the package."""
+    return sorted(it.name.removesuffix(".yaml") for it in PACKAGED.iterdir() if it.name.endswith(".yaml"))
+
+
+def load_suite(name: str) -> Suite:
+    """Return a suite by its name, or from a YAML file.
+
+    Raises:
+        UsageError: with all that is wrong in it.
+    """
+    data, label = _read(name)
+    try:
+        suite = Suite(**data)
+    except ValidationError as problem:
+        raise UsageError(*(_explain(label, error) for error in problem.errors())) from None
+    raise_all(UsageError, (f"{label}: {text}" for text in _problems(suite)))
+    return suite
+
+
+def _read(name: str, within: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+    """Return the data of a suite, with those that it extends laid under it, and its label."""
+    path = Path(name)
+    is_file = path.suffix in (".yaml", ".yml") or path.is_file()
+    if not is_file and name not in packaged():
+        raise UsageError(
+            f"suite: there is none of the name {name!r}; there are {', '.join(packaged())}, or name a YAML file."
+            f"{nearest(name, packaged())}"
+        )
+    if name in within:
+        raise UsageError(f"{name}: extends itself, through {', '.join(within)}.")
+    try:
+        text = path.read_text(encoding="utf-8") if is_file else (PACKAGED / f"{name}.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UsageError(f"{name}: cannot be read: {problem}.") from None
+    reader = Reader(name)
+    data = reader.read(text)
+    raise_all(UsageError, reader.problems)
+    if not isinstance(data, dict):
+        raise UsageError(f"{name}: is no mapping of what is asked; see 'quick' for one.")
+    for entry in data.get("texts") or ():
+        if isinstance(entry, dict) and isinstance(entry.get("file"), str):
+            entry["file"] = _beside(entry["file"], path if is_file else None)
+    data.setdefault("name", path.stem)
+    under = data.pop("extends", None)
+    return (_laid(_read(str(under), (*within, name))[0], data) if under else data), name
+
+
+def _beside(file: str, suite: Path | None) -> str:
+    if suite is not None:
+        return str(suite.parent / file)
+    with as_file(PACKAGED / file) as path:
+        return str(path)
+
+
+def _laid(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return two suites in one: lists one after the other, mappings with the second's values over the first's."""
+    made = dict(under)
+    for key, value in over.items():
+        before = made.get(key)
+        if isinstance(before, list) and isinstance(value, list):
+            made[key] = [*before, *value]
+        elif isinstance(before, dict) and isinstance(value, dict):
+            made[key] = {**before, **value}
+        else:
+            made[key] = value
+    return made
+
+
+def _explain(label: str, error: Any) -> str:
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{label}: {place}: there is no such key."
+    if error["type"] == "missing":
+        return f"{label}: {place}: is missing."
+    return f"{label}: {place}: {error['msg']}."
+
+
+def _problems(suite: Suite) -> Iterator[str]:
+    """Yield what no single part can know to be wrong."""
+    ids = [it.id for it in suite.asked]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    yield from (f"the id {name!r} is given {ids.count(name)} times." for name in twice)
+    for probe in suite.probes:
+        for name in probe.contrast:
+            if name not in suite.labels:
+                yield f"{probe.id}: there are no labels {name!r}.{nearest(name, suite.labels)}"
+    for text in suite.texts:
+        if (text.file is None) == (not text.texts):
+            yield f"{text.id}: a text has a file or texts, one of the two."
+        elif text.file is not None and not Path(text.file).is_file():
+            yield f"{text.id}: there is no file {text.file}."
+    if suite.bilingual:
+        yield from _unworded(suite.bilingual)
+    if not suite.asked and not suite.bilingual:
+        yield "asks nothing."
+
+
+def _unworded(test: Bilingual) -> Iterator[str]:
+    for language in LANGUAGES:
+        held = test.wordings.get(language, {})
+        lacking = [kind for kind in KINDS if kind not in held]
+        if lacking:
+            yield f"bilingual: wordings of {language} lack {', '.join(lacking)}; 'extends: bilingual' has them."
+            continue
+        for kind, problem in {it.kind: it for it in problems(test.seed, POOL)}.items():
+            try:
+                problem.text(held)
+            except (KeyError, IndexError, ValueError) as wrong:
+                yield f"bilingual: wording {kind} of {language}: {wrong} is not among {', '.join(problem.numbers)}."

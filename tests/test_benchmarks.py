@@ -1,0 +1,148 @@
+"""Tasks of lm-evaluation-harness on the engines of this package, against the harness's own engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tensorsurgeon as ts
+from tensorsurgeon.errors import UsageError
+from tensorsurgeon.evaluate import benchmarks
+from tensorsurgeon.evaluate.engine import Settings
+from tensorsurgeon.evaluate.engines.transformers import TransformersEngine
+from tensorsurgeon.evaluate.tokens import Tokens
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+MANNEQUIN = Path(__file__).parent / "mannequin"
+ROOM = 256
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of what the harness uses
+    pytest.mark.usefixtures("offline"),
+]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def engine() -> TransformersEngine:
+    made = TransformersEngine(Settings())
+    made.load(MANNEQUIN / "bf16", ROOM)
+    return made
+
+
+@pytest.fixture(scope="module")
+def own() -> Any:
+    """The harness's own engine on the same model."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(str(MANNEQUIN / "bf16"), dtype="float32", device="cpu", batch_size=1, max_length=ROOM)
+
+
+def requests(kind: str, *arguments: Any) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, it, place) for place, it in enumerate(arguments)]
+
+
+def test_likelihoods_are_those_of_the_harness(engine: TransformersEngine, own: Any) -> None:
+    mine = benchmarks._model(engine, Tokens(MANNEQUIN / "bf16"), ROOM)
+    pairs = [
+        ("Amina had 54 coins and found", " 65 more"),
+        ("Amina had 54 coins and found ", "65 more"),
+        ("What is 14 plus 50?", " 64"),
+        ("", "Carlos had 9 coins"),
+        ("Amina had 54 coins and found 65 more, so now she has ", "119"),
+    ]
+    for one, other in zip(
+        mine.loglikelihood(requests("loglikelihood", *pairs)),
+        own.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True),
+        strict=True,
+    ):
+        assert one[0] == pytest.approx(other[0], abs=1e-4)
+        assert one[1] == other[1]
+    texts = [("Amina had 54 coins and found 65 more.",), ("Carlos had 9 coins. " * 60,)]
+    # Windows of another length would begin elsewhere: the harness takes ROOM tokens, and ours leave one for the engine.
+    for text, expected in zip(
+        texts[:1], own.loglikelihood_rolling(requests("r", *texts[:1]), disable_tqdm=True), strict=True
+    ):
+        (found,) = mine.loglikelihood_rolling(requests("r", text))
+        assert found == pytest.approx(expected, abs=1e-4)
+    (long,) = mine.loglikelihood_rolling(requests("r", texts[1]))
+    own._max_length = ROOM - 2
+    (expected,) = own.loglikelihood_rolling(requests("r", texts[1]), disable_tqdm=True)
+    own._max_length = ROOM
+    assert long == pytest.approx(expected, rel=1e-5)
+
+
+def test_answers_are_those_of_the_harness(engine: TransformersEngine, own: Any) -> None:
+    mine = benchmarks._model(engine, Tokens(MANNEQUIN / "bf16"), ROOM)
+    asked = [
+        ("Amina had 54 coins", {"until": ["."], "max_gen_toks": 24, "do_sample": False}),
+        ("Carlos had", {"until": [" coins"], "max_gen_toks": 24}),
+        ("Carlos had", {"until": [], "max_gen_toks": 5}),
+    ]
+    given = requests("generate_until", *asked)
+    assert mine.generate_until(given) == own.generate_until(given, disable_tqdm=True)
+
+
+def test_tasks_that_come_along_give_what_the_harness_finds_with_its_own_engine(
+    engine: TransformersEngine, own: Any
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    names = benchmarks.packaged_tasks()
+    assert names == ["plain-facts", "small-sums"]
+    rows = benchmarks.run_tasks(engine, Tokens(MANNEQUIN / "bf16"), names, ROOM, limit=16)
+    tasks: list[Any] = [benchmarks._task(name) for name in names]
+    expected = lm_eval.simple_evaluate(
+        own, tasks=tasks, limit=16, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False)
+    )["results"]
+    found = {(row["task"], f"{row['metric']},{row['filter']}"): row["value"] for row in rows}
+    assert len(found) == 3
+    for (task, metric), value in found.items():
+        assert value == expected[task][metric]
+    assert {row["documents"] for row in rows} == {16}
+
+
+def test_the_exam_gives_a_row_for_each_metric_of_each_model(tmp_path: Path) -> None:
+    findings = ts.exams.evaluate(
+        str(MANNEQUIN / "tuned"), against=str(MANNEQUIN / "bf16"), tasks="small-sums", limit=4, engine="transformers",
+        records=str(tmp_path / "records.jsonl"),
+    )  # fmt: skip
+    assert [(row["model"], row["metric"]) for row in findings.tables["tasks"]] == [
+        ("bf16", "exact_match"), ("tuned", "exact_match"),
+    ]  # fmt: skip
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [(it["record"], it["task"], it["engine"]["engine"]) for it in records] == [
+        ("task", "small-sums", "transformers")
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("task: mine\ndoc_to_text: !function evil.run", "no task of plain YAML"),
+        ("- a", "is no task"),
+        ("task: mine\ndataset_kwargs: {data_files: {test: none.jsonl}}", "there is no data file"),
+    ],
+)
+def test_a_task_of_the_user_holds_no_code_and_has_its_data(
+    tmp_path: Path, engine: TransformersEngine, text: str, problem: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=problem):
+        benchmarks.run_tasks(engine, Tokens(MANNEQUIN / "bf16"), [str(tmp_path / "mine.yaml")], ROOM)
+
+
+def test_an_unknown_task_is_refused(engine: TransformersEngine) -> None:
+    with pytest.raises(UsageError, match=r"none of the name 'no-such-task'; of this package there are plain-facts"):
+        benchmarks.run_tasks(engine, Tokens(MANNEQUIN / "bf16"), ["no-such-task"], ROOM)
