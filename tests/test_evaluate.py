@@ -174,6 +174,27 @@ def test_a_continuation_is_the_product_of_its_tokens(tmp_path: Path, oracle: tup
         assert tokenizer.decode(row["tokens"]) == row["spelling"]
 
 
+def test_spellings_that_cannot_matter_are_not_scored_and_change_no_mass(tmp_path: Path) -> None:
+    text = Path(SUITE).read_text().replace("../tensorsurgeon", str(HERE.parent / "tensorsurgeon"))
+    found = []
+    for least in (0, 1e-6, 1):
+        (tmp_path / "suite.yaml").write_text(f"least: {least:.7f}\n{text}")
+        path = tmp_path / f"{least}.jsonl"
+        evaluate(MANNEQUIN / "bf16", suite=str(tmp_path / "suite.yaml"), records=str(path))
+        found.append([it for it in lines(path) if it["record"] == "probe"])
+    whole, some, _ = found
+    kinds = [[row["kind"] for it in records for row in it["labels"]] for records in found]
+    assert "not scored" not in kinds[0]
+    assert 0 < kinds[1].count("not scored") < kinds[2].count("not scored")
+    assert "continuation" not in kinds[2]
+    for one, other in zip(whole, some, strict=True):
+        assert other["mass"] == pytest.approx(one["mass"], abs=1e-6 * len(one["labels"]))
+        for row, same in zip(one["labels"], other["labels"], strict=True):
+            assert row["probability"] <= row["first_probability"] * (1 + 1e-4)
+            assert same["probability"] is None if same["kind"] == "not scored" else same["probability"] is not None
+            assert (same["kind"] == "not scored") == (row["kind"] != "token" and row["first_probability"] < 1e-6)
+
+
 def test_a_model_against_another_tells_what_differs(tmp_path: Path, engine: TransformersEngine) -> None:
     evaluate(MANNEQUIN / "tuned", against=str(MANNEQUIN / "bf16"), suite=SUITE, records=str(tmp_path / "records.jsonl"))
     records = lines(tmp_path / "records.jsonl")
@@ -299,14 +320,6 @@ def test_what_an_engine_would_serve_wrongly_is_refused_first(tmp_path: Path, nam
         evaluate(place, suite=SUITE)
 
 
-def test_files_that_would_be_served_wrongly_are_refused_first(tmp_path: Path) -> None:
-    for name, damage in {"stray": stray, "truncated": truncated}.items():
-        place = make_copy(MANNEQUIN / "bf16", tmp_path / name, lambda config, tensors: None)
-        word = damage(place)
-        with pytest.raises((RefusedError, CheckpointError), match=word):
-            evaluate(place, suite=SUITE)
-
-
 def stray(place: Path) -> str:
     save_file({"lm_head.weight": torch.zeros(1024, 256)}, place / "model-00002-of-00002.safetensors")
     return "model-00002-of-00002.safetensors"
@@ -316,6 +329,49 @@ def truncated(place: Path) -> str:
     path = place / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     return "model.safetensors"
+
+
+def shard_lost(place: Path) -> str:
+    in_shards(place)
+    (place / "model-00002-of-00003.safetensors").unlink()
+    return "model-00002-of-00003.safetensors"
+
+
+def stale_index(place: Path) -> str:
+    index = in_shards(place)
+    held = json.loads(index.read_text())
+    held["weight_map"] = dict.fromkeys(held["weight_map"], "model-00001-of-00003.safetensors")
+    index.write_text(json.dumps(held))
+    return "model-00001-of-00003.safetensors"
+
+
+def in_shards(place: Path) -> Path:
+    """Cut a checkpoint into three shards, and return its index."""
+    tensors = load_file(place / "model.safetensors")
+    (place / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(3):
+        names = list(tensors)[number::3]
+        file = f"model-0000{number + 1}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in names}, place / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = place / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+@pytest.mark.parametrize("damage", [stray, truncated, shard_lost, stale_index])
+def test_files_that_would_be_served_wrongly_are_refused_first(tmp_path: Path, damage: Callable[[Path], str]) -> None:
+    place = make_copy(MANNEQUIN / "bf16", tmp_path / "broken", lambda config, tensors: None)
+    word = damage(place)
+    with pytest.raises((RefusedError, CheckpointError), match=word):
+        evaluate(place, suite=SUITE)
+
+
+def test_shards_that_are_whole_are_taken(tmp_path: Path) -> None:
+    place = make_copy(MANNEQUIN / "bf16", tmp_path / "shards", lambda config, tensors: None)
+    in_shards(place)
+    assert evaluate(place, suite=SUITE).problems == ()
 
 
 def test_a_missing_scale_and_fp8_without_its_setting_are_refused_first(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorsurgeon.evaluate.engine import Engine, Sampling
 from tensorsurgeon.evaluate.grading import find_script, first_position, is_right
-from tensorsurgeon.evaluate.labels import Variant, counted
+from tensorsurgeon.evaluate.labels import counted
 from tensorsurgeon.evaluate.measures import Array, Loss, divergence, entropy, log_softmax, top, total
 from tensorsurgeon.evaluate.questionnaire import Asked, Questionnaire, Windows
 from tensorsurgeon.evaluate.suite import Prompted
@@ -47,7 +47,7 @@ def ask(
         logprobs = log_softmax(logits)
         prompt = asked.prompts[probe.id]
         found[probe.id] = prompt.tokens, logprobs
-        scored = _continuations(engine, prompt.tokens, asked.variants)
+        scored = _continuations(engine, prompt.tokens, asked, logprobs)
         distribution = _distribution(asked, logits, logprobs, scored, probe.contrast)
         distribution["kl"] = _divergence((base or {}).get(probe.id), prompt.tokens, logprobs)
         record("probe", **_named(probe, prompt), contrast=list(probe.contrast), **distribution)
@@ -114,11 +114,24 @@ def _answered(engine: Engine, asked: Questionnaire, prompt: Asked, sampling: Sam
     }
 
 
-def _continuations(engine: Engine, prompt: Sequence[int], variants: Sequence[Variant]) -> dict[tuple[int, ...], float]:
-    """Return the log probability of each variant of several tokens, by its tokens."""
-    several = list(dict.fromkeys(it.tokens for it in variants if not it.single))
+def _continuations(
+    engine: Engine, prompt: Sequence[int], asked: Questionnaire, logprobs: Array
+) -> dict[tuple[int, ...], float]:
+    """Return the log probability of each variant of several tokens, by its tokens, but for those that cannot matter."""
+    least = math.log(asked.suite.least) if asked.suite.least else -math.inf
+    # Not "less than": what NaN makes unknown is to be scored.
+    several = [
+        tokens
+        for tokens in dict.fromkeys(it.tokens for it in asked.variants if not it.single)
+        if not _at(logprobs, tokens[0]) < least
+    ]
     scores = engine.score([[*prompt, *tokens] for tokens in several]) if several else []
     return {tokens: float(it.logprobs[-len(tokens) :].sum()) for tokens, it in zip(several, scores, strict=True)}
+
+
+def _at(logprobs: Array, token: int) -> float:
+    """Return the log probability of a token; the head may have fewer rows than the tokenizer has tokens."""
+    return float(logprobs[token]) if token < len(logprobs) else -math.inf
 
 
 def _distribution(
@@ -126,27 +139,24 @@ def _distribution(
 ) -> dict[str, Any]:
     """Return what a probe measures: each variant, the mass of each set, one set against another, entropy and top."""
 
-    def logprob(it: Variant) -> float:
-        if it.single:
-            return float(logprobs[it.tokens[0]]) if it.tokens[0] < len(logprobs) else -math.inf
-        return scored[it.tokens]
-
-    held = {it: logprob(it) for it in asked.variants}
+    held = {it: _at(logprobs, it.tokens[0]) if it.single else scored.get(it.tokens) for it in asked.variants}
+    share = {it: 0.0 if value is None else math.exp(value) for it, value in held.items()}
     labels = [
         {
             "set": it.set,
             "label": it.label,
             "spelling": it.spelling,
             "tokens": list(it.tokens),
-            "kind": "token" if it.single else "continuation",
+            "kind": "token" if it.single else "continuation" if value is not None else "not scored",
             "logit": float(logits[it.tokens[0]]) if it.single and it.tokens[0] < len(logits) else None,
             "logprob": value,
-            "probability": math.exp(value),
+            "probability": None if value is None else share[it],
+            "first_probability": math.exp(_at(logprobs, it.tokens[0])),
         }
         for it, value in held.items()
     ]
     mass = {
-        name: sum(math.exp(held[it]) for it in counted(v for v in asked.variants if v.set == name))
+        name: sum(share[it] for it in counted(it for it in asked.variants if it.set == name))
         for name in asked.suite.labels
     }
     both = mass[contrast[0]] + mass[contrast[1]]

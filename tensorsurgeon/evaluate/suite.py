@@ -3,6 +3,7 @@
     about: One sentence.
     extends: quick                     # all that another suite asks, too
     template: {enable_thinking: false} # options of the chat template; those that it does not know do nothing
+    least: 1.0e-6                      # spellings of several tokens are left out where even the first has less
     labels: {affirm: ["yes", yep], deny: ["no", nope]} # YAML takes a bare yes for a truth value
     probes: [{id: fault, group: binary, text: "Is something wrong with you?", contrast: [affirm, deny]}]
     texts: [{id: neutral, file: neutral.txt}]
@@ -94,12 +95,17 @@ class Bilingual(_Part):
 
 
 class Suite(_Part):
-    """What is asked of a model."""
+    """What is asked of a model.
+
+    A spelling of several tokens is scored where its first token has at least the probability `least`; of others it is
+    only known that they have no more than that token. Each takes a pass through the model.
+    """
 
     name: str = ""
     about: str = ""
     template: Mapping[str, Any] = Field(default_factory=dict)
     labels: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    least: float = Field(default=0.0, ge=0, le=1)
     probes: tuple[Probe, ...] = ()
     texts: tuple[Text, ...] = ()
     questions: tuple[Question, ...] = ()

@@ -96,6 +96,7 @@ def _labels(it: Record) -> Iterator[dict[str, Any]]:
             "logit": label["logit"],
             "log probability": label["logprob"],
             "probability": label["probability"],
+            "probability of the first token": label["first_probability"],
         }
 
 
