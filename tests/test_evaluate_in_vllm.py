@@ -37,7 +37,7 @@ LOUD = {
     "a norm is missing": "not initialized from checkpoint",
     "an unknown tensor": "banana",
     "another shape": "dimension size",
-    "a layer is missing": "not initialized from checkpoint",
+    "FP8 in float32": "torch.float32 is not supported for quantization method fp8",
 }
 
 
@@ -58,6 +58,7 @@ class Worked:
         broken = {
             name: make_copy(MANNEQUIN / "bf16", place / str(number), BROKEN[name][0])  # type: ignore[arg-type]
             for number, name in enumerate((*LOUD, *SILENT))
+            if name in BROKEN
         }
         # The first model comes again after another: an engine that is used again gives the same.
         self.models = {"bf16": MANNEQUIN / "bf16", "tuned": MANNEQUIN / "tuned", "again": MANNEQUIN / "bf16",
@@ -67,8 +68,8 @@ class Worked:
             "models": self.models,
             "adapters": {"adapter": [MANNEQUIN / "bf16", place / "lora"]},
             "prompts": prompts(),
-            "refused": broken,
-            "command": ["evaluate", MANNEQUIN / "bf16", "--suite", SUITE, "--json"],
+            "refused": {**broken, "FP8 in float32": MANNEQUIN / "fp8"},
+            "command": ["evaluate", MANNEQUIN / "bf16", "--suite", SUITE, "--json", "--threads", "2", "--batch", "4"],
         }
         (place / "jobs").write_text(json.dumps(jobs, default=str))
         script = str(Path(__file__).parent / "evaluating.py")
@@ -231,7 +232,8 @@ def test_the_command_prints_json_and_nothing_else(worked: Worked) -> None:
     assert worked.found["status"] == 0
     told = json.loads(worked.printed)
     (model,) = told["models"]
-    assert (model["engine"], model["version"], model["dtype"], model["batch"]) == ("vllm", "0.32.0", "float32", 1)
+    assert (model["engine"], model["version"], model["dtype"]) == ("vllm", "0.32.0", "float32")
+    assert (model["threads"], model["batch"]) == (2, 4)
     assert (model["eager"], model["prefix_caching"], model["device"]) == (True, False, "cpu")
     assert [row["right"] for row in told["answers"]] == [True, True]
 

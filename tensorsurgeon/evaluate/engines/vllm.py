@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,12 +58,13 @@ class VllmEngine:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         if settings.threads:
+            # torch may have been imported before, and reads the variable no more; vLLM reads it again. torch's own
+            # function is asked, as vLLM puts one in its place that does nothing.
             os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+            importlib.import_module("torch._C").set_num_threads(settings.threads)
         hide_broken_wheels()
         # By name: mypy would read all of vLLM, or miss it where it is not installed.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what vLLM itself uses
-            self._vllm: Any = importlib.import_module("vllm")
+        self._vllm: Any = _silently(importlib.import_module, "vllm")
         self._platform: Any = importlib.import_module("vllm.platforms").current_platform
         self.settings = settings
         self.llm: Any = None
@@ -75,7 +76,8 @@ class VllmEngine:
         self.close()
         on_cpu = self._platform.is_cpu()
         try:
-            self.llm = self._vllm.LLM(
+            self.llm = _silently(
+                self._vllm.LLM,
                 str(directory),
                 dtype=self.settings.dtype,
                 hf_overrides={} if self.settings.dtype == "float32" else {"head_dtype": "float32"},
@@ -195,6 +197,13 @@ class VllmEngine:
         importlib.import_module("vllm.distributed").cleanup_dist_env_and_memory()
 
 
+def _silently(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """Call a function without warnings of what vLLM itself uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*given, **options)
+
+
 def _cache(directory: Path, length: int, batch: int) -> int:
     """Return bytes for keys and values of so many tokens in float32, and as many again for whole blocks."""
     config = open_checkpoint(directory).text_config
@@ -224,10 +233,13 @@ def vllm_version() -> str:
 
 
 def first_line(problem: BaseException) -> str:
-    """Return what an exception says, in one line; vLLM's assertions often say nothing."""
+    """Return what an exception says, in one line; vLLM's assertions often say nothing, its checks of settings much."""
     lines = str(problem).strip().splitlines()
-    where = "" if lines else _place(problem)
-    return f"{type(problem).__name__}: {lines[0]}" if lines else f"{type(problem).__name__}{where}"
+    if not lines:
+        return type(problem).__name__ + _place(problem)
+    # pydantic's first line only counts; the one with what is wrong ends with its kind.
+    line = next((it for it in lines if " [type=" in it), lines[0])
+    return f"{type(problem).__name__}: {line.partition(' [type=')[0].strip()}"
 
 
 def _place(problem: BaseException) -> str:
