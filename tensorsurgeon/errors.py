@@ -7,6 +7,7 @@
     ├── RefusedError          1   it could be done, but the result would be silently wrong
     ├── DestinationError      1   the destination cannot be written, or holds something else
     └── EngineError           1   an inference engine cannot be had, refused a model, or failed to answer
+        └── OutOfMemoryError  1   it had not enough memory for what was asked at once
 
 A message says what is wrong, where (file, tensor, key, value) and what to do. One error carries all the
 problems that were found, so that a user mends them in one go.
@@ -52,6 +53,10 @@ class DestinationError(SurgeonError):
 
 class EngineError(SurgeonError):
     """An inference engine cannot be had, refused a model, or failed to answer."""
+
+
+class OutOfMemoryError(EngineError):
+    """An inference engine had not enough memory for what was asked at once."""
 
 
 def raise_all(kind: type[SurgeonError], problems: Iterable[str]) -> None:

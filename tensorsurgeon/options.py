@@ -15,7 +15,7 @@ from tensorsurgeon.sizes import parse_part, parse_size
 FORMS = {
     "ranks": "PATTERN=RANK", "models": "NAME=MODEL", "thresholds": "FILE", "lines": "FILE", "beside": "MODEL",
     "against": "MODEL", "adapter": "LORA", "suite": "NAME|FILE", "text": "FILE", "tasks": "NAMES", "server": "URL",
-    "records": "FILE",
+    "records": "FILE", "set_": "KEY=VALUE", "results": "DIR", "scratch": "DIR", "budget": "SIZE",
 }  # fmt: skip
 """What stands for the value of an option in its help, where its name does not say it."""
 
@@ -38,9 +38,10 @@ def operand(parameter: Parameter) -> click.Argument:
 def option(parameter: Parameter) -> click.Option:
     """Return the command-line option of a parameter."""
     name = "--" + parameter.word.replace("_", "-")
+    short = ["-n"] if parameter.name == "dry_run" else []
     note = "" if parameter.required or parameter.default in (None, False) else f"  [default: {parameter.default}]"
     if parameter.type is bool:
-        return click.Option([name, parameter.name], is_flag=True, help=parameter.help)
+        return click.Option([*short, name, parameter.name], is_flag=True, help=parameter.help)
     kind = click.Choice(parameter.choices) if parameter.choices else None
     metavar = None if parameter.choices else FORMS.get(parameter.name, parameter.word.upper())
     return click.Option(

@@ -74,6 +74,15 @@ def _parse_words(value: Any) -> tuple[str, ...]:
     return tuple(word.strip() for part in parts for word in str(part).split(",") if word.strip())
 
 
+def _parse_settings(value: Any) -> tuple[str, ...]:
+    """Return texts such as `source=DIR`, given one by one."""
+    texts = [value] if isinstance(value, str) else list(value)
+    for text in texts:
+        if not isinstance(text, str) or "=" not in text:
+            raise UsageError(f"{text!r} is not KEY=VALUE, such as variants.0.level=0.5")
+    return tuple(texts)
+
+
 def _parse_ranks(value: Any) -> dict[str, int]:
     """Return ranks by pattern, given as a mapping or as texts such as `*.mlp.*=64`."""
     if not isinstance(value, Mapping):
@@ -130,6 +139,8 @@ Scales = Annotated[tuple[float, ...], *_checked_by(_parse_scales, {"type": ["num
 """One or several factors."""
 Words = Annotated[tuple[str, ...], *_checked_by(_parse_words, {"type": ["string", "array"]})]
 """Words with commas between them, or a list of them."""
+Settings = Annotated[tuple[Any, ...], *_checked_by(_parse_settings, {"type": ["string", "array"]})]
+"""Values to lay over a file, as texts such as `source=DIR`."""
 Grid = Annotated[str, *_checked_by(_parse_grid, {"type": ["string", "array"]})]
 """Rows and columns, as text such as 128x128 or as two numbers."""
 Share = Annotated[float, Field(gt=0, le=1)]

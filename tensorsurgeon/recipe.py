@@ -11,6 +11,7 @@ Paths are relative to the working directory. All that is wrong in a recipe is sa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def load_recipes(path: str | Path, settings: Iterable[str] = (), dest: str | Non
         steps[:] = map(_spelled_out, steps)
     for setting in settings if isinstance(data, dict) else ():
         try:
-            _set(data, setting)
+            lay_over(data, setting)
         except UsageError as problem:
             reader.problems += problem.problems
     if dest and isinstance(data, dict):
@@ -85,7 +86,7 @@ def load_recipes(path: str | Path, settings: Iterable[str] = (), dest: str | Non
 
 def _variants(data: Mapping[str, Any], reader: Reader) -> tuple[Recipe, ...]:
     try:
-        each = expanded(data)
+        each = [it.recipe for it in expanded(data, depth_of)]
     except UsageError as problem:
         raise UsageError(*reader.problems, *(f"{reader.name}: {text}" for text in problem.problems)) from None
     problems: dict[str, None] = {}
@@ -95,8 +96,17 @@ def _variants(data: Mapping[str, Any], reader: Reader) -> tuple[Recipe, ...]:
             recipes.append(_recipe(it, reader))
         except UsageError as problem:
             problems |= dict.fromkeys(problem.problems)
+    for dest, times in Counter(it.dest for it in recipes).items():
+        if times > 1:
+            what = "variants would be written to it; name what differs in braces"
+            problems[f"{reader.name}: dest: {dest}: {times} {what}."] = None
     raise_all(UsageError, problems)
     return tuple(recipes)
+
+
+def depth_of(source: Any) -> int:
+    """Return how many layers a model has."""
+    return open_checkpoint(str(source)).layers.count
 
 
 def make_recipe(data: Mapping[str, Any]) -> Recipe:
@@ -155,11 +165,11 @@ def _recipe(data: Any, reader: Reader) -> Recipe:
     for key in ("source", "dest"):
         if not isinstance(data.get(key), str) or not data[key] or "\0" in data[key]:
             problems.append(f"{reader.at(key)}: {key} is missing, or is not a text.")
-    steps = [] if data.get("steps") is None else data["steps"]
-    if not isinstance(steps, list | tuple):
-        problems.append(f"{reader.at('steps')}: steps are a list.")
-        steps = []
-    parsed = [_step(item, reader, place, problems) for place, item in enumerate(steps)]
+    steps: tuple[Step, ...] = ()
+    try:
+        steps = read_steps(data.get("steps"), reader)
+    except UsageError as problem:
+        problems += problem.problems
     size = None
     try:
         size = parse_size(data["max_shard_size"]) if "max_shard_size" in data else None
@@ -169,7 +179,21 @@ def _recipe(data: Any, reader: Reader) -> Recipe:
     if target not in (None, *ENGINES):
         problems.append(f"{reader.at('target')}: target is one of {', '.join(ENGINES)}, not {target!r}.")
     raise_all(UsageError, problems)
-    return Recipe(data["source"], data["dest"], tuple(step for step in parsed if step), size, target)
+    return Recipe(data["source"], data["dest"], steps, size, target)
+
+
+def read_steps(steps: Any, reader: Reader) -> tuple[Step, ...]:
+    """Return steps given as plain data.
+
+    Raises:
+        UsageError: with everything that is wrong in them.
+    """
+    if not isinstance(steps, list | tuple | None):
+        raise UsageError(f"{reader.at('steps')}: steps are a list.")
+    problems: list[str] = []
+    parsed = [_step(item, reader, place, problems) for place, item in enumerate(steps or ())]
+    raise_all(UsageError, problems)
+    return tuple(step for step in parsed if step)
 
 
 def _step(item: Any, reader: Reader, place: int, problems: list[str]) -> Step | None:
@@ -189,7 +213,7 @@ def _step(item: Any, reader: Reader, place: int, problems: list[str]) -> Step | 
     return Step(name, dict(parameters))
 
 
-def _set(data: Any, setting: str) -> None:
+def lay_over(data: Any, setting: str) -> None:
     """Lay one `steps.1.layers=10-12` over a recipe's data; the name of the step's operation is not repeated."""
     path, equals, text = setting.partition("=")
     *parents, last = path.split(".")

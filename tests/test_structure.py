@@ -23,11 +23,11 @@ NAME = "tensorsurgeon"
 
 ORDER = (
     ("_version", "errors"),
-    ("sizes", "progress", "variants", "yaml_lines"),
+    ("sizes", "progress", "yaml_lines"),
     ("format",),
     ("reading",),
     ("document", "tensor", "notation", "nearest", "metadata"),
-    ("names", "shaping"),
+    ("names", "shaping", "variants"),
     ("config",),
     ("fields",),
     ("rules",),
@@ -50,8 +50,9 @@ ORDER = (
     ("writer",),
     ("ops",),
     ("mergekit",),
+    ("recipe",),
     ("evaluate",),
-    ("exams", "derivations", "recipe"),
+    ("exams", "derivations"),
     ("report",),
     ("options",),
     ("cli",),
@@ -72,7 +73,7 @@ LIGHT = (
     "exams/__init__", "exams/cancellation", "exams/change_tables", "exams/changes", "exams/claims", "exams/documents",
     "evaluate/__init__", "evaluate/bilingual", "evaluate/choosing", "evaluate/digest", "evaluate/engine",
     "evaluate/grading", "evaluate/labels", "evaluate/serving", "evaluate/suite", "evaluate/tables",
-    "exams/duplicates", "exams/evaluation",
+    "evaluate/ledger", "evaluate/study", "exams/duplicates", "exams/evaluation", "exams/sweeping",
     "exams/health", "exams/integrity", "exams/lines", "exams/overview", "exams/selection", "exams/streaming",
     "exams/verdict",
 )  # fmt: skip

@@ -7,86 +7,154 @@ what was asked. Fields of generated answers have the names that the notebooks of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorsurgeon.evaluate.engine import Engine, Sampling
+from tensorsurgeon.evaluate.engine import Engine, Generation, Sampling
 from tensorsurgeon.evaluate.grading import find_script, first_position, is_right
 from tensorsurgeon.evaluate.labels import counted
 from tensorsurgeon.evaluate.measures import Array, Loss, divergence, entropy, log_softmax, top, total
 from tensorsurgeon.evaluate.questionnaire import Asked, Questionnaire, Windows
-from tensorsurgeon.evaluate.suite import Prompted
+from tensorsurgeon.evaluate.suite import Open, Prompted, Question
 
 TOP = 20
 
 Record = dict[str, Any]
 Keep = Callable[[Record], object]
+Earlier = Mapping[tuple[str, str], Mapping[str, Any]]
+"""Records that there are already, by their kind and the id of what was asked."""
 Distributions = dict[str, tuple[list[int], Array]]
 """Of each probe, by its id: its tokens, and the log probabilities of the whole vocabulary after them."""
 
 
 def ask(
-    engine: Engine, asked: Questionnaire, about: Mapping[str, Any], keep: Keep, base: Distributions | None = None
+    engine: Engine,
+    asked: Questionnaire,
+    about: Mapping[str, Any],
+    keep: Keep,
+    base: Distributions | None = None,
+    earlier: Earlier | None = None,
+    distributions: bool = True,
+    seed: int = 0,
 ) -> Distributions:
     """Put a suite to the model that an engine has loaded, hand each record to `keep`, and return the distributions.
 
     `about` is what each record says of the model; with a `base`'s distributions of the same vocabulary, divergences
-    from it are measured too.
+    from it are measured too. What there is a record of from `earlier` is not recorded again, and asked again only
+    where the `distributions` of all probes are needed, or where it was computed together with what is missing: a
+    batch is always made of the same prompts. Answers by chance begin at `seed`.
     """
-    common = {**about, "suite": asked.suite.name, "engine": engine.describe()}
+    earlier = earlier or {}
+    common = {**about, "suite": asked.suite.name, "engine": engine.describe(), "batch_size": engine.settings.batch}
+    perplexity: list[float | None] = []
 
     def record(kind: str, **fields: Any) -> None:
-        keep(_plain({"record": kind, "timestamp": datetime.now(UTC).isoformat(), **common, **fields}))
+        if (kind, fields["prompt_id"]) not in earlier:
+            keep(_plain({"record": kind, "timestamp": datetime.now(UTC).isoformat(), **common, **fields}))
 
     found: Distributions = {}
-    prompts = [asked.prompts[it.id].tokens for it in asked.suite.probes]
-    for probe, logits in zip(asked.suite.probes, engine.next_logits(prompts), strict=True):
+    probes = [it for it in asked.suite.probes if distributions or ("probe", it.id) not in earlier]
+    prompts = [asked.prompts[it.id].tokens for it in probes]
+    for probe, logits in zip(probes, engine.next_logits(prompts), strict=True):
         logprobs = log_softmax(logits)
         prompt = asked.prompts[probe.id]
         found[probe.id] = prompt.tokens, logprobs
+        if ("probe", probe.id) in earlier:
+            continue
         scored = _continuations(engine, prompt.tokens, asked, logprobs)
         distribution = _distribution(asked, logits, logprobs, scored, probe.contrast)
         distribution["kl"] = _divergence((base or {}).get(probe.id), prompt.tokens, logprobs)
         record("probe", **_named(probe, prompt), contrast=list(probe.contrast), **distribution)
     for text in asked.suite.texts:
+        if ("text", text.id) in earlier:
+            perplexity.append(earlier["text", text.id]["perplexity"])
+            continue
         losses = [_loss(engine, held) for held in asked.windows[text.id]]
         loss = total(losses)
+        perplexity.append(loss.perplexity)
         record(
             "text", prompt_group="perplexity", prompt_id=text.id, texts=len(losses), tokens=loss.tokens, nats=loss.nats,
             perplexity=loss.perplexity, bits_per_byte=loss.bits_per_byte,
         )  # fmt: skip
-    for question in asked.suite.questions:
-        fields = _answered(engine, asked, asked.prompts[question.id], Sampling(question.tokens))
-        right = is_right(fields["output"], question.answers, question.match)
-        named = _named(question, asked.prompts[question.id])
-        record("question", **named, **fields, expected=list(question.answers), right=right)
-    for it in asked.suite.open:
-        fields = _answered(engine, asked, asked.prompts[it.id], Sampling(it.tokens, it.temperature, it.seed))
-        record("open", **_named(it, asked.prompts[it.id]), **fields)
-    _ask_bilingual(engine, asked, record)
+    whole = {"perplexity": perplexity[0] if perplexity else None}
+    for batch in _batches(_answers(asked, seed), engine.settings.batch):
+        if all((it.kind, it.id) in earlier for it in batch):
+            continue
+        made = engine.generate([it.prompt.tokens for it in batch], batch[0].sampling, asked.tokens.ends)
+        for it, generation in zip(batch, made, strict=True):
+            record(it.kind, **whole, **it.tell(_generated(asked, it.sampling, generation)))
     return found
 
 
-def _ask_bilingual(engine: Engine, asked: Questionnaire, record: Callable[..., None]) -> None:
+class _Answer(NamedTuple):
+    """Something to be answered: the kind of its record and its id, what is asked, and what its record tells."""
+
+    kind: str
+    id: str
+    prompt: Asked
+    sampling: Sampling
+    tell: Callable[[Record], Record]
+
+
+def _answers(asked: Questionnaire, seed: int) -> Iterator[_Answer]:
+    for question in asked.suite.questions:
+        prompt = asked.prompts[question.id]
+        tell = partial(_tell_question, question, prompt)
+        yield _Answer("question", question.id, prompt, Sampling(question.tokens, seed=seed), tell)
+    for it in asked.suite.all_open:
+        prompt = asked.prompts[it.id]
+        sampling = Sampling(it.tokens, it.temperature, seed if it.seed is None else it.seed)
+        yield _Answer("open", it.id, prompt, sampling, partial(_tell_open, it, prompt))
     test = asked.suite.bilingual
-    if test is None:
-        return
     for (place, language), prompt in asked.translated.items():
-        problem = asked.problems[place]
-        fields = _answered(engine, asked, prompt, Sampling(test.tokens))
-        expected = str(problem.answer)
-        script = find_script(fields["output"])
-        position = first_position(fields["output"], expected, fields["output_tokens"], asked.tokens.decode)
-        record(
-            "bilingual", prompt_group=problem.category, prompt_id=f"{place}-{language}", form=prompt.form,
-            prompt_text=problem.text(test.wordings[language]), prompt_tokens=len(prompt.tokens), language=language,
-            **fields, expected=[expected], right=position is not None,
-            answer_word=position.word if position else None, answer_token=position.token if position else None,
-            answer_language=script.language, cjk=script.cjk, latin=script.latin,
-        )  # fmt: skip
+        assert test
+        tell = partial(_tell_bilingual, asked, place, language)
+        yield _Answer("bilingual", f"{place}-{language}", prompt, Sampling(test.tokens, seed=seed), tell)
+
+
+def _batches(answers: Iterable[_Answer], size: int) -> Iterator[list[_Answer]]:
+    """Yield what is sampled alike, so many at a time."""
+    for _, alike in groupby(answers, lambda it: it.sampling):
+        waiting = list(alike)
+        yield from (waiting[start : start + size] for start in range(0, len(waiting), size))
+
+
+def _tell_question(question: Question, prompt: Asked, fields: Record) -> Record:
+    right = is_right(fields["output"], question.answers, question.match)
+    return {**_named(question, prompt), **fields, "expected": list(question.answers), "right": right}
+
+
+def _tell_open(it: Open, prompt: Asked, fields: Record) -> Record:
+    return {**_named(it, prompt), **fields}
+
+
+def _tell_bilingual(asked: Questionnaire, place: int, language: str, fields: Record) -> Record:
+    test, problem, prompt = asked.suite.bilingual, asked.problems[place], asked.translated[place, language]
+    assert test
+    expected = str(problem.answer)
+    script = find_script(fields["output"])
+    position = first_position(fields["output"], expected, fields["output_tokens"], asked.tokens.decode)
+    return {
+        "prompt_group": problem.category,
+        "prompt_id": f"{place}-{language}",
+        "form": prompt.form,
+        "prompt_text": problem.text(test.wordings[language]),
+        "prompt_tokens": len(prompt.tokens),
+        "language": language,
+        **fields,
+        "expected": [expected],
+        "right": position is not None,
+        "answer_word": position.word if position else None,
+        "answer_token": position.token if position else None,
+        "answer_language": script.language,
+        "cjk": script.cjk,
+        "latin": script.latin,
+    }
 
 
 def _named(it: Prompted, prompt: Asked) -> dict[str, Any]:
@@ -100,14 +168,14 @@ def _named(it: Prompted, prompt: Asked) -> dict[str, Any]:
     }
 
 
-def _answered(engine: Engine, asked: Questionnaire, prompt: Asked, sampling: Sampling) -> dict[str, Any]:
-    (made,) = engine.generate([prompt.tokens], sampling, asked.tokens.ends)
+def _generated(asked: Questionnaire, sampling: Sampling, made: Generation) -> Record:
     return {
         "output": asked.tokens.decode(made.tokens),
         "output_tokens": list(made.tokens),
         "duration": made.seconds,
         "tokens": len(made.tokens),
         "ended": made.ended,
+        "max_new_tokens": sampling.tokens,
         "temperature": sampling.temperature,
         "do_sample": sampling.temperature > 0,
         "seed": sampling.seed,

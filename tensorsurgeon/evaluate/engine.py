@@ -6,7 +6,7 @@ another in its place, and `describe` tells what a record has to say for its numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
@@ -65,6 +65,8 @@ class Engine(Protocol):
     """What runs a model."""
 
     settings: Settings
+    reloads: bool
+    """Whether `reload` can put other weights into the model that is there."""
 
     def load(self, directory: Path, length: int, adapter: Path | None = None) -> None:
         """Take a model in place of any other, for prompts with their continuations of up to `length` tokens.
@@ -75,6 +77,9 @@ class Engine(Protocol):
         Raises:
             EngineError: where the engine refuses the model.
         """
+
+    def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Put other weights, torch tensors by their names in a checkpoint, into the model; its config stays."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
         """Continue each prompt until one of the tokens that are `ends`, or to the most tokens."""

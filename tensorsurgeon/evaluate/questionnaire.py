@@ -33,7 +33,7 @@ class Questionnaire:
     def __init__(self, suite: Suite, tokens: Tokens, most: int | None = None) -> None:
         self.suite, self.tokens = suite, tokens
         self.variants = find_variants(tokens, suite.labels)
-        self.prompts = {it.id: self._ask(it) for it in (*suite.probes, *suite.questions, *suite.open)}
+        self.prompts = {it.id: self._ask(it) for it in (*suite.probes, *suite.questions, *suite.all_open)}
         # An engine makes a token more even where only the prompt is scored.
         room = most - 1 if most else 2**31
         self.windows = {it.id: list(self._windows(it, min(it.window, room))) for it in suite.texts}
@@ -87,7 +87,7 @@ class Questionnaire:
         suite = self.suite
         longest = max((len(it.tokens) for it in self.variants), default=1)
         answers = {it.id: longest for it in suite.probes}
-        answers |= {it.id: it.tokens for it in suite.questions} | {it.id: it.tokens for it in suite.open}
+        answers |= {it.id: it.tokens for it in suite.questions} | {it.id: it.tokens for it in suite.all_open}
         for name, more in answers.items():
             yield name, len(self.prompts[name].tokens) + more
         for name, texts in self.windows.items():

@@ -9,6 +9,7 @@
     texts: [{id: neutral, file: neutral.txt}]
     questions: [{id: sum, group: math, text: "What is 17 + 25?", answers: ["42"]}]
     open: [{id: walk, group: long-form, text: Describe a walk in the rain., tokens: 256}]
+    prompts: [{group: dreams, texts: [Tell me of a dream., Describe a dream.], tokens: 350, temperature: 1.0}]
     bilingual: {seed: 7}               # with the wordings of the suite bilingual, which is to be extended then
 
 Files are found beside the suite. All that is wrong in a suite is said at once.
@@ -61,11 +62,29 @@ class Question(Prompted):
 
 
 class Open(Prompted):
-    """A prompt whose answer is kept as it is."""
+    """A prompt whose answer is kept as it is: greedy, or by chance from the seed, else from that of the run."""
 
     tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0)
-    seed: int = 0
+    seed: int | None = None
+
+
+class Prompts(_Part):
+    """A group of prompts that are answered alike, numbered from 1: `dreams-1`, `dreams-2` and so on."""
+
+    group: str = Field(min_length=1)
+    texts: tuple[str, ...] = Field(min_length=1)
+    system: str | None = None
+    form: Form = "chat"
+    tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int | None = None
+
+    @property
+    def each(self) -> Iterator[Open]:
+        """Each of them by itself."""
+        shared = self.model_dump(exclude={"texts"})
+        return (Open(id=f"{self.group}-{place}", text=text, **shared) for place, text in enumerate(self.texts, 1))
 
 
 class Text(_Part):
@@ -110,12 +129,18 @@ class Suite(_Part):
     texts: tuple[Text, ...] = ()
     questions: tuple[Question, ...] = ()
     open: tuple[Open, ...] = ()
+    prompts: tuple[Prompts, ...] = ()
     bilingual: Bilingual | None = None
 
     @property
     def asked(self) -> tuple[Prompted | Text, ...]:
         """All that has an id."""
-        return (*self.probes, *self.texts, *self.questions, *self.open)
+        return (*self.probes, *self.texts, *self.questions, *self.all_open)
+
+    @property
+    def all_open(self) -> tuple[Open, ...]:
+        """All whose answers are kept as they are, those of groups too."""
+        return (*self.open, *(it for group in self.prompts for it in group.each))
 
 
 def packaged() -> list[str]:

@@ -167,7 +167,7 @@ def _ask_all(runner: Engine, subjects: list[Subject], suite: Suite, keep: Callab
 
         for subject, form in zip(subjects, forms, strict=True):
             runner.load(subject.directory, form.length, subject.adapter_directory)
-            base = ask(runner, form, _about(subject), collect, base)
+            base = ask(runner, form, _about(subject), collect, base, seed=runner.settings.seed)
     return Findings(tables_of(records), tuple(problems_of(records)), shown=SHOWN)
 
 

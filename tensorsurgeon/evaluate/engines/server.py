@@ -11,7 +11,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class ServerEngine:
     def __init__(self, url: str, settings: Settings) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.settings = settings
+        self.reloads = False
         self._served: dict[str, Any] = {}
         self._version: str | None = None
         self._proven = False
@@ -58,6 +59,10 @@ class ServerEngine:
     def is_vllm(self) -> bool:
         """Whether it is vLLM, which takes more than the protocol has."""
         return self._version is not None
+
+    def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Refuse: a server keeps its model."""
+        raise EngineError(f"{self.url}: a server keeps the model that it has.")
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
         """Continue each prompt, one after the other.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class TransformersEngine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings._replace(batch=1)
+        self.reloads = False
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = None
         if settings.threads:
@@ -51,6 +52,10 @@ class TransformersEngine:
         if head is not None and self.settings.dtype != "float32":
             # The products of the head in float32, so that logits differ where half precision would tie them.
             head.forward = _in_float32(head)
+
+    def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Refuse: names in a checkpoint are not always those in the class."""
+        raise EngineError("transformers: takes no other weights into a model that is there.")
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
         """Continue each prompt; the settings that the model brings along for sampling do not count."""

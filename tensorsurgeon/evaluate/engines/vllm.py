@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.errors import EngineError
+from tensorsurgeon.errors import EngineError, OutOfMemoryError
 from tensorsurgeon.evaluate.engine import Generation, Prompt, Sampling, Scores, Settings
 from tensorsurgeon.evaluate.measures import Logits
 from tensorsurgeon.lora import read_lora, served_rank
@@ -67,6 +68,7 @@ class VllmEngine:
         self._vllm: Any = _silently(importlib.import_module, "vllm")
         self._platform: Any = importlib.import_module("vllm.platforms").current_platform
         self.settings = settings
+        self.reloads = True
         self.llm: Any = None
         self._adapter: Any = None
         self._mode = ""
@@ -100,8 +102,15 @@ class VllmEngine:
             raise
         except Exception as problem:
             self.close()
-            raise EngineError(f"{directory}: vLLM refuses it: {first_line(problem)}") from problem
+            raise _error(f"{directory}: vLLM refuses it", problem) from problem
         self._mode = "raw_logits"
+
+    def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Put other weights into the model by vLLM's own loader: what is fused there is fused again."""
+        try:
+            _silently(self.llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": weights})
+        except Exception as problem:
+            raise _error("vLLM takes no other weights into the model", problem) from problem
 
     def _add(self, adapter: Path) -> Any:
         """Load an adapter before any request: one that failed within a request would leave the engine stuck."""
@@ -129,7 +138,7 @@ class VllmEngine:
         try:
             return list(self.llm.generate(given, wanted, use_tqdm=False, lora_request=self._adapter))
         except Exception as problem:
-            raise EngineError(f"vLLM failed to answer: {first_line(problem)}") from problem
+            raise _error("vLLM failed to answer", problem) from problem
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
         """Continue each prompt; the settings that the model brings along for sampling do not count."""
@@ -195,6 +204,13 @@ class VllmEngine:
             self.llm = None
         gc.collect()
         importlib.import_module("vllm.distributed").cleanup_dist_env_and_memory()
+
+
+def _error(what: str, problem: Exception) -> EngineError:
+    """Return what is to be raised for an exception of vLLM's; torch's and its own for want of memory say so."""
+    text = f"{what}: {first_line(problem)}"
+    wants = isinstance(problem, MemoryError) or re.search(r"out of memory|no available memory", str(problem), re.I)
+    return OutOfMemoryError(text) if wants else EngineError(text)
 
 
 def _silently(function: Callable[..., Any], *given: Any, **options: Any) -> Any:

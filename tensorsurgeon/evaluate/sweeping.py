@@ -1,0 +1,189 @@
+"""A study carried out: each of its models made, asked, and let go, with a record of every answer as it comes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
+from tensorsurgeon.errors import OutOfMemoryError, SurgeonError, UsageError
+from tensorsurgeon.evaluate.asking import Distributions, ask
+from tensorsurgeon.evaluate.choosing import make_engine
+from tensorsurgeon.evaluate.described import damage, layers_of
+from tensorsurgeon.evaluate.engine import Engine, Settings
+from tensorsurgeon.evaluate.installing import Installer, Subject
+from tensorsurgeon.evaluate.ledger import Ledger
+from tensorsurgeon.evaluate.questionnaire import Questionnaire
+from tensorsurgeon.evaluate.study import Study, Trial
+from tensorsurgeon.evaluate.suite import Suite, load_suite
+from tensorsurgeon.evaluate.tokens import Tokens
+from tensorsurgeon.plan import make_plan
+from tensorsurgeon.progress import progress_bar
+from tensorsurgeon.registry import apply_steps
+from tensorsurgeon.running import run_under, running
+
+Row = dict[str, Any]
+PROVING = 4
+"""Prompts that prove that a model whose weights were put into an engine answers as the same one written."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A study with all that it is about: its suite, the models that it begins with, and the suite in their tokens."""
+
+    study: Study
+    suite: Suite
+    forms: dict[Path, Questionnaire] = field(default_factory=dict)
+
+    def recorded(self) -> Row:
+        """Return the study as plain data, with all that is asked: of files their digests, wherever they lie."""
+        asked = self.suite.model_dump(mode="json")
+        for text in asked["texts"]:
+            if text["file"] is not None:
+                text["file"] = hashlib.sha256(Path(text["file"]).read_bytes()).hexdigest()
+        return {**self.study.recorded(), "asked": asked}
+
+    def subject(self, trial: Trial) -> Subject:
+        """Return the model of a trial; its tensors are not computed yet, but for what an operation reads at once."""
+        ckpt = apply_steps(_opened(trial.source), trial.steps)
+        if ckpt.is_adapter != bool(trial.base):
+            wrong = "is an adapter; name the model that it is put on as 'base'" if ckpt.is_adapter else "is no adapter"
+            raise UsageError(f"{trial.variant}: {wrong}.")
+        return Subject(ckpt, _opened(trial.base).sources[0].directory if trial.base else None)
+
+    def form(self, trial: Trial) -> Questionnaire:
+        """Return the suite in the tokens of the model that a trial begins with, or is put on."""
+        ckpt = _opened(trial.base or trial.source)
+        directory = ckpt.sources[0].directory
+        if directory not in self.forms:
+            most = ckpt.text_config.get("max_position_embeddings")
+            self.forms[directory] = Questionnaire(
+                self.suite, Tokens(directory), most if isinstance(most, int) else None
+            )
+        return self.forms[directory]
+
+    def missing(self, trial: Trial, ledger: Ledger) -> int:
+        """Return how many records of a trial there are not yet."""
+        return self.form(trial).number - len(ledger.earlier(trial.variant, trial.repeat))
+
+
+@cache
+def _opened(location: str) -> Checkpoint:
+    return open_checkpoint(location)
+
+
+def prepare(study: Study) -> tuple[Sweep, list[Row]]:
+    """Return a study with all that it is about, and a row for each variant: its layers, and its bytes where it is made.
+
+    Raises:
+        SurgeonError: with all steps that a model does not take.
+    """
+    _opened.cache_clear()
+    sweep = Sweep(study, load_suite(study.suite))
+    problems: list[SurgeonError] = []
+    rows: dict[str, Row] = {}
+    with run_under(running()._replace(planned=True)):
+        for trial in study.trials:
+            try:
+                row = _row(sweep, trial)
+            except SurgeonError as problem:
+                if trial.variant not in rows:
+                    problems.append(type(problem)(*(f"{trial.variant}: {text}" for text in problem.problems)))
+                row = {}
+            rows.setdefault(trial.variant, row)
+    if problems:
+        raise type(problems[0])(*dict.fromkeys(text for problem in problems for text in problem.problems))
+    return sweep, list(rows.values())
+
+
+def _row(sweep: Sweep, trial: Trial) -> Row:
+    subject = sweep.subject(trial)
+    size = 0 if subject.is_source else make_plan(subject.ckpt, None, running().memory).size
+    stack = None if subject.ckpt.is_adapter else subject.ckpt.layers.count
+    asked = sweep.form(trial).number * sweep.study.repeats
+    return {"variant": trial.variant, **trial.values, "layers": stack, "bytes": size, "records": asked}
+
+
+def run_sweep(
+    sweep: Sweep, ledger: Ledger, engine: Engine, scratch: Path | None = None, budget: int | None = None
+) -> list[str]:
+    """Make and ask all models of a study of which records are missing; return what a user should know of it."""
+    study = sweep.study
+    lengths = [sweep.form(trial).length for trial in study.trials]
+    total, there = sum(sweep.form(trial).number for trial in study.trials), len(ledger.held)
+    base: Distributions | None = None
+    notes: list[str] = []
+    with (
+        Installer(engine, max(lengths), scratch, budget) as installer,
+        progress_bar(total, study.name, running().quiet, "record") as advance,
+    ):
+        advance(there)
+        for trial in study.trials:
+            is_base = trial.variant == study.baseline and not trial.repeat
+            # The distributions of the baseline are not kept: they are found again where any other is still missing.
+            if not sweep.missing(trial, ledger) and not (is_base and total > len(ledger.held)):
+                continue
+            for batch in _lower(engine.settings.batch):
+                try:
+                    engine.settings = engine.settings._replace(batch=batch)
+                    found = _try(sweep, trial, ledger, installer, base, is_base, advance)
+                    break
+                except OutOfMemoryError as problem:
+                    if batch == 1:
+                        raise
+                    notes.append(f"{trial.variant}: {problem}; the batch of {batch} is halved.")
+                    installer.forget()
+            base = found if is_base else base
+    return [*dict.fromkeys([*notes, *installer.notes])]
+
+
+def _lower(batch: int) -> Iterator[int]:
+    """Yield sizes of a batch, each half of the one before, to one."""
+    while batch:
+        yield batch
+        batch //= 2
+
+
+def _try(
+    sweep: Sweep,
+    trial: Trial,
+    ledger: Ledger,
+    installer: Installer,
+    base: Distributions | None,
+    is_base: bool,
+    advance: Any,
+) -> Distributions:
+    engine, form, subject = installer.engine, sweep.form(trial), sweep.subject(trial)
+    prompts = [it.tokens for it in (*form.prompts.values(), *form.translated.values())][:PROVING]
+    prompts = prompts or [prompt for texts in form.windows.values() for held in texts for prompt in held.prompts][:1]
+    built = installer.install(subject, lambda: b"".join(it.tobytes() for it in engine.next_logits(prompts)))
+    source = _opened(trial.source)
+    about = {
+        "study": sweep.study.name,
+        "variant": trial.variant,
+        "values": dict(trial.values),
+        "model_name": source.sources[0].name,
+        "digest": ledger.digest(trial.source, source),
+        "repeat_index": trial.repeat,
+        "seed": trial.seed,
+        "source_layers": None if source.is_adapter else source.layers.count,
+        "layers": None if subject.ckpt.is_adapter else layers_of(source, trial.steps),
+        "built": built,
+        **damage(trial.steps, trial.values),
+    }
+
+    def keep(record: Row) -> None:
+        ledger.keep(record)
+        advance(1)
+
+    earlier = ledger.earlier(trial.variant, trial.repeat)
+    return ask(engine, form, about, keep, None if is_base else base, earlier, is_base, trial.seed)
+
+
+def engine_for(study: Study, threads: int) -> Engine:
+    """Return the engine that a study asks for."""
+    return make_engine(study.engine, Settings(study.dtype, study.batch, study.seed, threads))
