@@ -181,7 +181,8 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
         "ops/quantizing", "ops/sanitizing", "ops/servable", "quantized/awq", "quantized/bitsandbytes",
         "quantized/compressed_tensors_packed", "quantized/compressed_tensors_sparse", "quantized/decoding",
         "quantized/fp8", "quantized/gptq", "quantized/mlx", "quantized/modelopt", "quantized/mxfp4_experts",
-        "quantized/torchao", "exams/alignment", "exams/cancellation", "exams/changes", "exams/health",
+        "quantized/torchao", "evaluate/installing", "exams/alignment", "exams/cancellation", "exams/changes",
+        "exams/health",
         "exams/integrity", "exams/lines", "exams/residuals", "exams/vitals",
     }  # fmt: skip
 
@@ -227,7 +228,7 @@ def test_the_exported_names() -> None:
         "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "perturb", "project",
         "quantize", "repeat_layers", "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
-    assert ts.exams.__all__ == ["autopsy", "diff", "evaluate", "inspect", "noise", "verify"]
+    assert ts.exams.__all__ == ["autopsy", "diff", "evaluate", "inspect", "noise", "sweep", "verify"]
     assert ts.derivations.__all__ == ["directions"]
     for module in (ts, ts.ops, ts.exams, ts.derivations):
         assert all(hasattr(module, name) for name in module.__all__)

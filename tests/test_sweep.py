@@ -316,9 +316,8 @@ def test_a_source_that_would_be_served_wrongly_is_refused(tmp_path: Path, suite:
     source = tmp_path / "source"
     ts.write(ts.open(MANNEQUIN / "bf16"), source)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(
-        json.dumps({**config, "num_hidden_layers": 5, "layer_types": ["full_attention"] * 5})
-    )
+    config |= {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
+    (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(RefusedError, match="source: "):
         ts.exams.sweep(str(write(tmp_path, suite, source=str(source))))
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
 from tensorsurgeon.errors import OutOfMemoryError, SurgeonError, UsageError
-from tensorsurgeon.evaluate.asking import Distributions, ask
+from tensorsurgeon.evaluate.asking import ask
 from tensorsurgeon.evaluate.choosing import make_engine
 from tensorsurgeon.evaluate.described import damage, layers_of
 from tensorsurgeon.evaluate.engine import Engine, Settings
 from tensorsurgeon.evaluate.installing import Installer, Subject
 from tensorsurgeon.evaluate.ledger import Ledger
+from tensorsurgeon.evaluate.probing import Distributions
 from tensorsurgeon.evaluate.questionnaire import Questionnaire
 from tensorsurgeon.evaluate.study import Study, Trial
 from tensorsurgeon.evaluate.suite import Suite, load_suite

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import re
 import sys
 import time
 import warnings
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.errors import EngineError, OutOfMemoryError
+from tensorsurgeon.errors import EngineError
 from tensorsurgeon.evaluate.engine import Generation, Prompt, Sampling, Scores, Settings
+from tensorsurgeon.evaluate.engines.vllm_errors import error_of, first_line
 from tensorsurgeon.evaluate.measures import Logits
 from tensorsurgeon.lora import read_lora, served_rank
 
@@ -102,7 +102,7 @@ class VllmEngine:
             raise
         except Exception as problem:
             self.close()
-            raise _error(f"{directory}: vLLM refuses it", problem) from problem
+            raise error_of(f"{directory}: vLLM refuses it", problem) from problem
         self._mode = "raw_logits"
 
     def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
@@ -110,7 +110,7 @@ class VllmEngine:
         try:
             _silently(self.llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": weights})
         except Exception as problem:
-            raise _error("vLLM takes no other weights into the model", problem) from problem
+            raise error_of("vLLM takes no other weights into the model", problem) from problem
 
     def _add(self, adapter: Path) -> Any:
         """Load an adapter before any request: one that failed within a request would leave the engine stuck."""
@@ -138,7 +138,7 @@ class VllmEngine:
         try:
             return list(self.llm.generate(given, wanted, use_tqdm=False, lora_request=self._adapter))
         except Exception as problem:
-            raise _error("vLLM failed to answer", problem) from problem
+            raise error_of("vLLM failed to answer", problem) from problem
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
         """Continue each prompt; the settings that the model brings along for sampling do not count."""
@@ -206,13 +206,6 @@ class VllmEngine:
         importlib.import_module("vllm.distributed").cleanup_dist_env_and_memory()
 
 
-def _error(what: str, problem: Exception) -> EngineError:
-    """Return what is to be raised for an exception of vLLM's; torch's and its own for want of memory say so."""
-    text = f"{what}: {first_line(problem)}"
-    wants = isinstance(problem, MemoryError) or re.search(r"out of memory|no available memory", str(problem), re.I)
-    return OutOfMemoryError(text) if wants else EngineError(text)
-
-
 def _silently(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
     """Call a function without warnings of what vLLM itself uses."""
     with warnings.catch_warnings():
@@ -246,23 +239,6 @@ def vllm_version() -> str:
         except PackageNotFoundError:
             continue
     return "unknown"
-
-
-def first_line(problem: BaseException) -> str:
-    """Return what an exception says, in one line; vLLM's assertions often say nothing, its checks of settings much."""
-    lines = str(problem).strip().splitlines()
-    if not lines:
-        return type(problem).__name__ + _place(problem)
-    # pydantic's first line only counts; the one with what is wrong ends with its kind.
-    line = next((it for it in lines if " [type=" in it), lines[0])
-    return f"{type(problem).__name__}: {line.partition(' [type=')[0].strip()}"
-
-
-def _place(problem: BaseException) -> str:
-    trace = problem.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return f" in {Path(trace.tb_frame.f_code.co_filename).name}, without a reason" if trace else ""
 
 
 def _generation(output: Any, ends: Sequence[int], seconds: float) -> Generation:
