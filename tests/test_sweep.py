@@ -296,8 +296,8 @@ def test_a_dry_run_makes_nothing(tmp_path: Path, study: Path, monkeypatch: pytes
         ({"suite": "quik"}, "Did you mean 'quick'?"),
         ({"base": str(MANNEQUIN / "bf16")}, "is no adapter"),
         (
-            {"steps": [{"extract-lora": {"base": str(MANNEQUIN / "bf16"), "rank": 2}}], "variants": [{"n": 1}], "variant": "it",
-             "source": str(MANNEQUIN / "tuned")},
+            {"steps": [{"extract-lora": {"base": str(MANNEQUIN / "bf16"), "rank": 2}}], "variants": [{"n": 1}],
+             "variant": "it", "source": str(MANNEQUIN / "tuned")},
             "is an adapter; name the model that it is put on as 'base'",
         ),
     ],

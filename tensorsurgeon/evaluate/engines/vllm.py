@@ -51,6 +51,18 @@ def hide_broken_wheels() -> list[str]:
     return broken
 
 
+def bear_being_looked_at() -> None:
+    """Have llvmlite's library, which numba brings along, say that it has no attributes.
+
+    vLLM looks into the `__dict__` of every object of every module for kernels of its own; the library takes that for
+    the name of a function, and returns one.
+    """
+    ffi: Any = sys.modules.get("llvmlite.binding.ffi")
+    functions = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if isinstance(functions, dict):
+        functions["__dict__"] = {}
+
+
 class VllmEngine:
     """Runs models in vLLM, each in an engine of its own that is gone before the next; adapters never."""
 
@@ -76,6 +88,7 @@ class VllmEngine:
     def load(self, directory: Path, length: int, adapter: Path | None = None) -> None:
         """Take a model in place of any other, for so many tokens; an adapter is applied to every request."""
         self.close()
+        bear_being_looked_at()
         on_cpu = self._platform.is_cpu()
         try:
             self.llm = _silently(
