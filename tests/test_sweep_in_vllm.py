@@ -27,7 +27,7 @@ STUDY: dict[str, Any] = {
     "variants": [
         {"variant": "baseline", "steps": []},
         {"variant": "noise {level}", "level": [0.0, 0.2, 0.4], "steps": NOISE},
-        {"variant": "without {layers}", "layers": {"window": 1}},
+        {"variant": "without {layers}", "layers": ["0", "2", "5"]},
         {"variant": "tuned", "source": str(MANNEQUIN / "tuned"), "steps": []},
         {"variant": "adapter", "source": str(MANNEQUIN / "tuned"), "base": str(MANNEQUIN / "bf16"),
          "steps": [{"extract-lora": {"base": str(MANNEQUIN / "bf16"), "rank": 64}}]},
@@ -60,7 +60,7 @@ def test_models_of_one_shape_are_reloaded_after_one_that_was_proved(results: dic
     built = {it["variant"]: it["built"] for it in results["vllm"]}
     assert built == {
         "baseline": "source", "noise 0.0": "source", "noise 0.2": "written", "noise 0.4": "reloaded",
-        "without 0": "written", "without 1": "written", **{f"without {layer}": "reloaded" for layer in range(2, 6)},
+        "without 0": "written", "without 2": "written", "without 5": "reloaded",
         "tuned": "source", "adapter": "written", "last": "source",
     }  # fmt: skip
 
