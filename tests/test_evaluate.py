@@ -510,6 +510,20 @@ def test_a_suite_with_faults_is_refused_with_what_is_wrong(tmp_path: Path, text:
         load_suite(str(tmp_path / "suite.yaml"))
 
 
+def test_a_suite_extends_the_one_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever one stands, as with its texts; and one that extends itself is found out."""
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "text.txt").write_text("Some words.")
+    (tmp_path / "suites" / "under.yaml").write_text("texts: [{id: a, file: text.txt}]")
+    (tmp_path / "suites" / "over.yaml").write_text("extends: ../suites/under.yaml\ntexts: [{id: b, texts: [More.]}]")
+    monkeypatch.chdir(tmp_path)
+    for name in ("suites/over.yaml", str(tmp_path / "suites" / "over.yaml")):
+        assert [text.id for text in load_suite(name).texts] == ["a", "b"]
+    (tmp_path / "suites" / "under.yaml").write_text("extends: ../suites/over.yaml")
+    with pytest.raises(UsageError, match="extends itself"):
+        load_suite("suites/over.yaml")
+
+
 def test_an_unknown_suite_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="Did you mean 'quick'"):
         load_suite("quik")

@@ -17,6 +17,7 @@ Files are found beside the suite. All that is wrong in a suite is said at once.
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterator, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -188,6 +189,8 @@ def _read(name: str, within: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]
             entry["file"] = _beside(entry["file"], path if is_file else None)
     data.setdefault("name", path.stem)
     under = data.pop("extends", None)
+    if isinstance(under, str) and under.endswith((".yaml", ".yml")):
+        under = os.path.normpath(path.parent / under)
     return (_laid(_read(str(under), (*within, name))[0], data) if under else data), name
 
 
