@@ -79,7 +79,7 @@ def ask(
     for batch in _batches(_answers(asked, seed), engine.settings.batch):
         if all((it.kind, it.id) in earlier for it in batch):
             continue
-        made = engine.generate([it.prompt.tokens for it in batch], batch[0].sampling, asked.tokens.ends)
+        made = engine.generate([it.prompt.given for it in batch], batch[0].sampling, asked.tokens.ends)
         for it, generation in zip(batch, made, strict=True):
             record(it.kind, **whole, **it.tell(_generated(asked, it.sampling, generation)))
     return found
@@ -124,7 +124,9 @@ def _tell_question(question: Question, prompt: Asked, fields: Record) -> Record:
 
 
 def _tell_open(it: Open, prompt: Asked, fields: Record) -> Record:
-    return {**_named(it, prompt), **fields}
+    picture = prompt.pictured.picture if prompt.pictured else None
+    image = {"image": picture and picture.name, "image_sha256": picture and picture.digest}
+    return {**_named(it, prompt), **image, **fields}
 
 
 def _tell_bilingual(asked: Questionnaire, place: int, language: str, fields: Record) -> Record:

@@ -43,9 +43,10 @@ class Sweep:
     def recorded(self) -> Row:
         """Return the study as plain data, with all that is asked: of files their digests, wherever they lie."""
         asked = self.suite.model_dump(mode="json")
-        for text in asked["texts"]:
-            if text["file"] is not None:
-                text["file"] = hashlib.sha256(Path(text["file"]).read_bytes()).hexdigest()
+        for part, key in (("texts", "file"), ("open", "image"), ("prompts", "image")):
+            for entry in asked[part]:
+                if entry[key] is not None:
+                    entry[key] = hashlib.sha256(Path(entry[key]).read_bytes()).hexdigest()
         return {**self.study.recorded(), "asked": asked}
 
     def subject(self, trial: Trial) -> Subject:
@@ -159,7 +160,9 @@ def _try(
     advance: Any,
 ) -> Distributions:
     engine, form, subject = installer.engine, sweep.form(trial), sweep.subject(trial)
-    prompts = [it.tokens for it in (*form.prompts.values(), *form.translated.values())][:PROVING]
+    # Those with pictures first: they go through all of the model.
+    those = sorted((*form.prompts.values(), *form.translated.values()), key=lambda it: it.pictured is None)
+    prompts = [it.given for it in those[:PROVING]]
     prompts = prompts or [prompt for texts in form.windows.values() for held in texts for prompt in held.prompts][:1]
     built = installer.install(subject, lambda: b"".join(it.tobytes() for it in engine.next_logits(prompts)))
     source = _opened(trial.source)

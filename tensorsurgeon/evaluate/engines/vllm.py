@@ -18,8 +18,8 @@ import numpy as np
 
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import EngineError
-from tensorsurgeon.evaluate.engine import Generation, Prompt, Sampling, Scores, Settings
-from tensorsurgeon.evaluate.engines.vllm_errors import error_of, first_line
+from tensorsurgeon.evaluate.engine import Generation, Pictured, Prompt, Sampling, Scores, Settings, check_tokens
+from tensorsurgeon.evaluate.engines.vllm_errors import error_of, first_line, wanting
 from tensorsurgeon.evaluate.measures import Logits
 from tensorsurgeon.lora import read_lora, served_rank
 
@@ -106,7 +106,8 @@ class VllmEngine:
                 max_model_len=length,
                 logprobs_mode="raw_logits",
                 max_logprobs=-1,
-                skip_tokenizer_init=True,  # prompts are token ids
+                # Prompts are token ids; but what puts pictures into them asks for a tokenizer.
+                skip_tokenizer_init=not takes_pictures(directory),
                 use_tqdm_on_load=False,
                 model_loader_extra_config={"enable_weights_track": True},  # refuses some missing FP8 scales by name
                 **({"kv_cache_memory_bytes": _cache(directory, length, self.settings.batch)} if on_cpu else {}),
@@ -118,13 +119,15 @@ class VllmEngine:
             raise
         except Exception as problem:
             self.close()
-            raise error_of(f"{directory}: vLLM refuses it", problem) from problem
+            raise error_of(f"{directory}: vLLM refuses it{wanting(directory)}", problem) from problem
         self._mode = "raw_logits"
 
     def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Put other weights into the model by vLLM's own loader: what is fused there is fused again."""
         try:
             _silently(self.llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": weights})
+            # It keeps what the encoder made of a picture, by the picture alone.
+            self.llm.llm_engine.reset_encoder_cache()
         except Exception as problem:
             raise error_of("vLLM takes no other weights into the model", problem) from problem
 
@@ -148,15 +151,21 @@ class VllmEngine:
             self.llm.collective_rpc(change)
             self._mode = mode
 
-    def _ask(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Any]:
-        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    def _ask(self, prompts: Sequence[Prompt | Pictured], **sampling: Any) -> list[Any]:
+        given = [_given(prompt) for prompt in prompts]
         wanted = self._vllm.SamplingParams(detokenize=False, **sampling)
         try:
-            return list(self.llm.generate(given, wanted, use_tqdm=False, lora_request=self._adapter))
+            done = list(self.llm.generate(given, wanted, use_tqdm=False, lora_request=self._adapter))
         except Exception as problem:
             raise error_of("vLLM failed to answer", problem) from problem
+        for prompt, output in zip(prompts, done, strict=True):
+            if isinstance(prompt, Pictured):
+                check_tokens("vLLM", prompt, output.prompt_token_ids)
+        return done
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]
+    ) -> list[Generation]:
         """Continue each prompt; the settings that the model brings along for sampling do not count."""
         found: list[Generation] = []
         for start in range(0, len(prompts), self.settings.batch):
@@ -173,7 +182,7 @@ class VllmEngine:
             found += [_generation(output, ends, seconds) for output in done]
         return found
 
-    def next_logits(self, prompts: Sequence[Prompt]) -> Iterator[Logits]:
+    def next_logits(self, prompts: Sequence[Prompt | Pictured]) -> Iterator[Logits]:
         """Yield the raw logits after each prompt."""
         for prompt in prompts:
             self._give("raw_logits")
@@ -223,6 +232,12 @@ class VllmEngine:
         # vLLM collects garbage five times for each model; what stays, which is mostly vLLM itself, need not be looked
         # through every time. Its own cleaning up begins with taking this back.
         gc.freeze()
+
+
+def _given(prompt: Prompt | Pictured) -> dict[str, Any]:
+    if isinstance(prompt, Pictured):
+        return {"prompt_token_ids": prompt.marked, "multi_modal_data": {"image": prompt.picture.image}}
+    return {"prompt_token_ids": list(prompt)}
 
 
 def _silently(function: Callable[..., Any], *given: Any, **options: Any) -> Any:

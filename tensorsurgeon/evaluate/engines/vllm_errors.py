@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from tensorsurgeon.errors import EngineError, OutOfMemoryError
+from tensorsurgeon.evaluate.pictures import takes_pictures
 
 
 def error_of(what: str, problem: Exception) -> EngineError:
@@ -13,6 +15,16 @@ def error_of(what: str, problem: Exception) -> EngineError:
     text = f"{what}: {first_line(problem)}"
     wants = isinstance(problem, MemoryError) or re.search(r"out of memory|no available memory", str(problem), re.I)
     return OutOfMemoryError(text) if wants else EngineError(text)
+
+
+def wanting(directory: Path) -> str:
+    """Return what models of pictures may want: vLLM's reason says only that a class could not be inspected."""
+    if not takes_pictures(directory) or find_spec("torchvision"):
+        return ""
+    return (
+        " (most models of pictures need torchvision there, which is missing or broken: install the build that matches "
+        "torch, or ask with --engine transformers)"
+    )
 
 
 def first_line(problem: BaseException) -> str:
