@@ -72,7 +72,8 @@ class Processor:
 
     @cached_property
     def _template(self) -> str | None:
-        return self._processor.chat_template or self._processor.tokenizer.chat_template
+        found: str | None = self._processor.chat_template or self._processor.tokenizer.chat_template
+        return found
 
     def chat(self, text: str, system: str | None, picture: Picture, options: Mapping[str, Any]) -> tuple[Pictured, str]:
         """Return a chat about a picture, up to where the answer begins, and in which form it was put.

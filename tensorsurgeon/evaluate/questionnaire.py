@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tensorsurgeon.errors import UsageError, raise_all
 from tensorsurgeon.evaluate.bilingual import LANGUAGES, problems
-from tensorsurgeon.evaluate.engine import Pictured, Prompt
+from tensorsurgeon.evaluate.engine import Picture, Pictured, Prompt
 from tensorsurgeon.evaluate.labels import find_variants
 from tensorsurgeon.evaluate.pictures import Processor, read_picture
 from tensorsurgeon.evaluate.suite import Form, Prompted, Suite, Text
@@ -72,7 +72,8 @@ class Questionnaire:
 
     def _ask_open(self) -> dict[str, Asked]:
         """Return the prompts whose answers are kept; a picture is read once, whatever is asked about it."""
-        pictures, problems = {}, []
+        pictures: dict[str, Picture] = {}
+        problems: list[str] = []
         for file in dict.fromkeys(it.image for it in self.suite.all_open if it.image):
             try:
                 pictures[file] = read_picture(file)

@@ -249,12 +249,12 @@ def _problems(suite: Suite) -> Iterator[str]:
             yield f"{text.id}: a text has a file or texts, one of the two."
         elif text.file is not None and not Path(text.file).is_file():
             yield f"{text.id}: there is no file {text.file}."
-    for part in (*suite.open, *suite.prompts):
-        name = part.id if isinstance(part, Open) else part.group
-        if part.image is not None and not Path(part.image).is_file():
-            yield f"{name}: there is no file {part.image}."
-        if part.image is not None and part.form != "chat":
-            yield f"{name}: an image is shown in a chat; leave out 'form: {part.form}'."
+    shown = [(it.id, it.image, it.form) for it in suite.open] + [(it.group, it.image, it.form) for it in suite.prompts]
+    for name, image, form in shown:
+        if image is not None and not Path(image).is_file():
+            yield f"{name}: there is no file {image}."
+        if image is not None and form != "chat":
+            yield f"{name}: an image is shown in a chat; leave out 'form: {form}'."
     if suite.bilingual:
         yield from unworded(suite.bilingual.seed, suite.bilingual.wordings)
     if not suite.asked and not suite.bilingual:

@@ -14,7 +14,7 @@ from tensorsurgeon.errors import OutOfMemoryError, SurgeonError, UsageError
 from tensorsurgeon.evaluate.asking import ask
 from tensorsurgeon.evaluate.choosing import make_engine
 from tensorsurgeon.evaluate.described import damage, layers_of
-from tensorsurgeon.evaluate.engine import Engine, Settings
+from tensorsurgeon.evaluate.engine import Engine, Pictured, Prompt, Settings
 from tensorsurgeon.evaluate.installing import Installer, Subject
 from tensorsurgeon.evaluate.ledger import Ledger
 from tensorsurgeon.evaluate.probing import Distributions
@@ -162,8 +162,10 @@ def _try(
     engine, form, subject = installer.engine, sweep.form(trial), sweep.subject(trial)
     # Those with pictures first: they go through all of the model.
     those = sorted((*form.prompts.values(), *form.translated.values()), key=lambda it: it.pictured is None)
-    prompts = [it.given for it in those[:PROVING]]
-    prompts = prompts or [prompt for texts in form.windows.values() for held in texts for prompt in held.prompts][:1]
+    windows: list[Prompt | Pictured] = []
+    for texts in form.windows.values():
+        windows += [prompt for held in texts for prompt in held.prompts]
+    prompts = [it.given for it in those[:PROVING]] or windows[:1]
     built = installer.install(subject, lambda: b"".join(it.tobytes() for it in engine.next_logits(prompts)))
     source = _opened(trial.source)
     about = {

@@ -57,5 +57,5 @@ def sweep(
             engine.close()
     finally:
         ledger.close()
-    found = report([str(given.results)])
+    found = report((str(given.results),))
     return found._replace(tables={**found.tables, **({"notes": [{"note": it} for it in notes]} if notes else {})})

@@ -78,7 +78,8 @@ class ServerEngine:
 
     def _generate(self, prompt: Prompt | Pictured, sampling: Sampling, ends: Sequence[int]) -> Generation:
         started = time.perf_counter()
-        choice = (self._chat if isinstance(prompt, Pictured) else self._complete)(
+        ask: Any = self._chat if isinstance(prompt, Pictured) else self._complete
+        choice = ask(
             prompt,
             max_tokens=sampling.tokens,
             temperature=sampling.temperature,
