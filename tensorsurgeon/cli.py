@@ -97,11 +97,12 @@ def _finding_command(spec: Spec) -> click.Command:
         with run_under(Running(memory, threads or 0, quiet=quiet or as_json)):
             findings = spec.function(subject, **_present({name: given[name] for name in own}))
         _print(findings_json(findings) if as_json else findings_text(findings))
-        operands = [location, *(str(given[it.name]) for it in spec.operands)]
+        operands = [*(location if spec.several else [location]), *(str(given[it.name]) for it in spec.operands)]
         write_report(findings, " ".join([spec.name, *operands]), **places)
         return WRONG if findings.problems else 0
 
-    params = [click.Argument([spec.subject]), *map(operand, spec.operands), *map(option, spec.options)]
+    subject_argument = click.Argument([spec.subject], nargs=-1 if spec.several else 1, required=True)
+    params = [subject_argument, *map(operand, spec.operands), *map(option, spec.options)]
     params += report_options()
     meanings = [f"{it.word.upper()}: {it.help}" for it in spec.operands]
     return _command(spec.name, find, "\n\n".join([spec.description, *meanings]), params)

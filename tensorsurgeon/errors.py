@@ -6,6 +6,7 @@
     │   └── FormatError       1   a file breaks the safetensors format
     ├── RefusedError          1   it could be done, but the result would be silently wrong
     ├── DestinationError      1   the destination cannot be written, or holds something else
+    ├── ResultsError          1   what a sweep has left is broken
     └── EngineError           1   an inference engine cannot be had, refused a model, or failed to answer
         └── OutOfMemoryError  1   it had not enough memory for what was asked at once
 
@@ -49,6 +50,10 @@ class RefusedError(SurgeonError):
 
 class DestinationError(SurgeonError):
     """A destination cannot be written."""
+
+
+class ResultsError(SurgeonError):
+    """What a sweep has left on disk is broken."""
 
 
 class EngineError(SurgeonError):

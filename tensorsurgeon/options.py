@@ -15,7 +15,7 @@ from tensorsurgeon.sizes import parse_part, parse_size
 FORMS = {
     "ranks": "PATTERN=RANK", "models": "NAME=MODEL", "thresholds": "FILE", "lines": "FILE", "beside": "MODEL",
     "against": "MODEL", "adapter": "LORA", "suite": "NAME|FILE", "text": "FILE", "tasks": "NAMES", "server": "URL",
-    "records": "FILE", "set_": "KEY=VALUE", "results": "DIR", "scratch": "DIR", "budget": "SIZE",
+    "records": "FILE", "array": "FILE", "set_": "KEY=VALUE", "results": "DIR", "scratch": "DIR", "budget": "SIZE",
 }  # fmt: skip
 """What stands for the value of an option in its help, where its name does not say it."""
 

@@ -68,6 +68,11 @@ def _parse_scales(value: Any) -> tuple[float, ...]:
         raise UsageError(f"{value!r} is not a number or a list of numbers") from None
 
 
+def _parse_directories(value: Any) -> tuple[str, ...]:
+    """Return directories, one or several."""
+    return tuple(map(str, [value] if isinstance(value, str | Path) else value))
+
+
 def _parse_words(value: Any) -> tuple[str, ...]:
     """Return words given as a list, or as one text with commas between them."""
     parts = [value] if isinstance(value, str) else list(value)
@@ -157,3 +162,5 @@ Glob = Annotated[str, Field(min_length=1)]
 """A pattern for tensor names; commas separate alternatives."""
 Location = Annotated[str, Field(min_length=1)]
 """Where a checkpoint lies, given to an exam that must see it even where it cannot be opened."""
+Directories = Annotated[tuple[str, ...], *_checked_by(_parse_directories, {"type": ["string", "array"]})]
+"""One or several directories."""

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, ParamSpec, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from tensorsurgeon.charts import Chart, Pivot
 from tensorsurgeon.checkpoint import Checkpoint, Step, open_checkpoint
 from tensorsurgeon.errors import UsageError, nearest, raise_all
 from tensorsurgeon.notation import NamedLayer, format_layers, format_named_layers
-from tensorsurgeon.parameters import File, Location
+from tensorsurgeon.parameters import Directories, File, Location
 from tensorsurgeon.signature import Parameter, parse_docstring
 
 P = ParamSpec("P")
@@ -30,13 +31,17 @@ class Findings(NamedTuple):
 
     `details` holds what no cell of a table can: of a tensor, by its `name` (and `model`, where there are two), a
     `histogram` or several `histograms` by what they are of, the largest magnitudes of its `rows` and `columns`, its
-    `spectrum`. `shown` names the columns of a table that a terminal has room for, where it has more.
+    `spectrum`. `shown` names the columns of a table that a terminal has room for, where it has more. `summary` says in
+    words what was found; `charts` and `pivots` are other views of the tables, for pages and pictures.
     """
 
     tables: Mapping[str, list[dict[str, Any]]]
     problems: tuple[str, ...] = ()
     details: Sequence[Mapping[str, Any]] = ()
     shown: Mapping[str, Sequence[str]] = {}
+    summary: Sequence[str] = ()
+    charts: Sequence[Chart] = ()
+    pivots: Sequence[Pivot] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Spec:
     parameters: tuple[Parameter, ...]
     takes_location: bool = False
     subject: str = "model"
+    several: bool = False
+    """Whether it may be about several of them at once."""
 
     @property
     def operands(self) -> tuple[Parameter, ...]:
@@ -208,16 +215,19 @@ def _declare(function: Callable[..., Any]) -> Spec:
     summary = description.split("\n\n")[0]
     # A subject that is a file goes by its own name; any other is a model.
     kind = hints[subject.name]
-    called = subject.name if kind is File else "model"
-    return Spec(name, function, summary, description, parameters, kind in (Location, File), called)
+    called = subject.name if kind in (File, Directories) else "model"
+    located, several = kind in (Location, File, Directories), kind is Directories
+    return Spec(name, function, summary, description, parameters, located, called, several)
 
 
 def _bind(spec: Spec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the model or file that a call is about, and its other parameters, checked."""
     if not args:
         raise UsageError(f"{spec.name}: give the {'checkpoint' if spec.subject == 'model' else spec.subject} first.")
-    if not isinstance(args[0], (str, os.PathLike) if spec.takes_location else Checkpoint):
-        location = "a directory or hub id" if spec.subject == "model" else "a file"
+    subject = (args[0],) if spec.several and isinstance(args[0], str | os.PathLike) else args[0]
+    subjects = subject if spec.several and isinstance(subject, list | tuple) else [subject]
+    if not all(isinstance(it, (str, os.PathLike) if spec.takes_location else Checkpoint) for it in subjects):
+        location = "a directory or hub id" if spec.subject == "model" else "directories" if spec.several else "a file"
         wanted = location if spec.takes_location else "a Checkpoint, as tensorsurgeon.open gives"
         raise UsageError(f"{spec.name}: the first argument is {type(args[0]).__name__}, not {wanted}.")
     names = [parameter.name for parameter in spec.parameters]
@@ -225,4 +235,4 @@ def _bind(spec: Spec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
         raise UsageError(f"{spec.name}: takes {len(names)} parameters: {', '.join(names)}.")
     placed = dict(zip(names, args[1:], strict=False))
     raise_all(UsageError, (f"{spec.name}: {name} is given twice." for name in placed if name in kwargs))
-    return args[0], spec.check({**placed, **kwargs})
+    return subject, spec.check({**placed, **kwargs})

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
+from browsing import HOSTILE, Browser
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
@@ -20,63 +15,6 @@ import made_up
 from tensorsurgeon.errors import DestinationError, UsageError
 from tensorsurgeon.registry import Findings
 from tensorsurgeon.report.page import write_page
-
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1280,1400",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
-HOSTILE = '</script><img src=x onerror="window.hacked=1"><b>$x$</b>&lt;${1+1}'
-
-
-class Browser:
-    """A page in Chromium, and what the tests ask of it."""
-
-    def __init__(self, profile: Path) -> None:
-        options = webdriver.ChromeOptions()
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
-
-    def open(self, path: Path, width: int = 1280, scheme: str = "light") -> None:
-        size = {"width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
-        features = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", features)
-        self.driver.get(path.as_uri())
-        self.wait(lambda: not self.find("#waiting"))
-
-    def find(self, selector: str) -> list[Any]:
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def text(self, selector: str) -> str:
-        return str(self.find(selector)[0].text)
-
-    def run(self, script: str) -> Any:
-        return self.driver.execute_script(f"return {script}")
-
-    def wait(self, holds: Callable[[], Any]) -> Any:
-        end = time.monotonic() + 10
-        while not (found := holds()):
-            assert time.monotonic() < end, f"nothing came of it; the console says {self.driver.get_log('browser')}"
-            time.sleep(0.05)
-        return found
-
-    def hover(self, role: int, layer: int) -> str:
-        """Rest the mouse on a cell of the first model, and return what is said of it."""
-        self.to_cell(role, layer).perform()
-        return str(self.wait(lambda: self.text("#heatmap .hoverlayer")))
-
-    def to_cell(self, role: int, layer: int) -> ActionChains:
-        """Return the move of the mouse to a cell of the first model."""
-        place = self.run(
-            "(() => { const it = document.getElementById('heatmap'), box = it.getBoundingClientRect(),"
-            " { xaxis: x, yaxis: y } = it._fullLayout; it.scrollIntoView();"
-            f" return [x._offset + x.l2p({layer}) - box.width / 2, y._offset + y.l2p({role}) - box.height / 2]; }})()"
-        )
-        moves = ActionChains(self.driver, duration=50)
-        return moves.move_to_element_with_offset(self.find("#heatmap")[0], *map(int, place))
 
 
 @pytest.fixture(scope="module")

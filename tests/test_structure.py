@@ -22,7 +22,7 @@ PACKAGE = Path(ts.__file__).parent
 NAME = "tensorsurgeon"
 
 ORDER = (
-    ("_version", "errors"),
+    ("_version", "errors", "charts"),
     ("sizes", "progress", "yaml_lines"),
     ("format",),
     ("reading",),
@@ -60,10 +60,11 @@ ORDER = (
 )
 """Every module or folder of the package; each imports only what stands before it, or lies in its own folder."""
 
-LEAVES = {"_version": set(), "errors": set(), "progress": set(), "sizes": {"errors"}}
+LEAVES = {"_version": set(), "charts": set(), "errors": set(), "progress": set(), "sizes": {"errors"}}
 
 LIGHT = (
-    "_version", "errors", "sizes", "progress", "format", "reading", "document", "tensor", "notation", "nearest",
+    "_version", "charts", "errors", "sizes", "progress", "format", "reading", "document", "tensor", "notation",
+    "nearest",
     "names", "shaping", "variants", "yaml_lines", "metadata",
     "config", "fields", "rules", "known_fields", "families", "source", "checkpoint", "roles", "renaming",
     "module_lists", "arrangement", "sequence", "lora", "running", "scratch", "fused", "groups",
@@ -72,9 +73,11 @@ LIGHT = (
     "__init__", "__main__",
     "exams/__init__", "exams/cancellation", "exams/change_tables", "exams/changes", "exams/claims", "exams/documents",
     "evaluate/__init__", "evaluate/bilingual", "evaluate/choosing", "evaluate/digest", "evaluate/engine",
-    "evaluate/grading", "evaluate/labels", "evaluate/serving", "evaluate/suite", "evaluate/tables",
-    "evaluate/ledger", "evaluate/study", "exams/duplicates", "exams/evaluation", "exams/sweeping",
-    "exams/health", "exams/integrity", "exams/lines", "exams/overview", "exams/selection", "exams/streaming",
+    "evaluate/grading", "evaluate/labels", "evaluate/layer_changes", "evaluate/ledger", "evaluate/outcome_measures",
+    "evaluate/outcomes", "evaluate/result_charts", "evaluate/result_tables", "evaluate/result_words",
+    "evaluate/results", "evaluate/serving", "evaluate/study", "evaluate/suite", "evaluate/tables",
+    "exams/duplicates", "exams/evaluation", "exams/health", "exams/integrity", "exams/lines",
+    "exams/overview", "exams/reporting", "exams/selection", "exams/streaming", "exams/sweeping",
     "exams/verdict",
 )  # fmt: skip
 """Modules that start at once: none of them imports a library of numbers, not even later for its own use."""
@@ -86,6 +89,8 @@ LONG: dict[str, str] = {
     "exams/verdict": "the rules of autopsy, each with what finds it",
     "tensor": "one class: all that a tensor can be made of, and how it is read",
     "roles": "a table with a rule for each name of a module",
+    "evaluate/asking": "one record's fields after the other, for all that is asked",
+    "evaluate/engines/vllm": "one class: all that vLLM is asked, and how its exceptions are told",
 }
 """Modules of more than 260 lines, with the reason."""
 
@@ -181,7 +186,8 @@ def test_only_functions_that_compute_load_the_kernels() -> None:
         "ops/quantizing", "ops/sanitizing", "ops/servable", "quantized/awq", "quantized/bitsandbytes",
         "quantized/compressed_tensors_packed", "quantized/compressed_tensors_sparse", "quantized/decoding",
         "quantized/fp8", "quantized/gptq", "quantized/mlx", "quantized/modelopt", "quantized/mxfp4_experts",
-        "quantized/torchao", "exams/alignment", "exams/cancellation", "exams/changes", "exams/health",
+        "quantized/torchao", "evaluate/installing", "exams/alignment", "exams/cancellation", "exams/changes",
+        "exams/health",
         "exams/integrity", "exams/lines", "exams/residuals", "exams/vitals",
     }  # fmt: skip
 
@@ -227,7 +233,7 @@ def test_the_exported_names() -> None:
         "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "perturb", "project",
         "quantize", "repeat_layers", "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
-    assert ts.exams.__all__ == ["autopsy", "diff", "evaluate", "inspect", "noise", "verify"]
+    assert ts.exams.__all__ == ["autopsy", "diff", "evaluate", "inspect", "noise", "report", "sweep", "verify"]
     assert ts.derivations.__all__ == ["directions"]
     for module in (ts, ts.ops, ts.exams, ts.derivations):
         assert all(hasattr(module, name) for name in module.__all__)

@@ -7,29 +7,23 @@ what was asked. Fields of generated answers have the names that the notebooks of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tensorsurgeon.evaluate.engine import Engine, Generation, Sampling
 from tensorsurgeon.evaluate.grading import find_script, first_position, is_right
-from tensorsurgeon.evaluate.labels import counted
-from tensorsurgeon.evaluate.measures import Array, Loss, divergence, entropy, log_softmax, top, total
+from tensorsurgeon.evaluate.measures import Loss, log_softmax, total
+from tensorsurgeon.evaluate.probing import Distributions, continuations, distribution, divergence_from
 from tensorsurgeon.evaluate.questionnaire import Asked, Questionnaire, Windows
 from tensorsurgeon.evaluate.suite import Open, Prompted, Question
-
-TOP = 20
 
 Record = dict[str, Any]
 Keep = Callable[[Record], object]
 Earlier = Mapping[tuple[str, str], Mapping[str, Any]]
 """Records that there are already, by their kind and the id of what was asked."""
-Distributions = dict[str, tuple[list[int], Array]]
-"""Of each probe, by its id: its tokens, and the log probabilities of the whole vocabulary after them."""
 
 
 def ask(
@@ -66,10 +60,10 @@ def ask(
         found[probe.id] = prompt.tokens, logprobs
         if ("probe", probe.id) in earlier:
             continue
-        scored = _continuations(engine, prompt.tokens, asked, logprobs)
-        distribution = _distribution(asked, logits, logprobs, scored, probe.contrast)
-        distribution["kl"] = _divergence((base or {}).get(probe.id), prompt.tokens, logprobs)
-        record("probe", **_named(probe, prompt), contrast=list(probe.contrast), **distribution)
+        scored = continuations(engine, prompt.tokens, asked, logprobs)
+        measured = distribution(asked, logits, logprobs, scored, probe.contrast)
+        measured["kl"] = divergence_from((base or {}).get(probe.id), prompt.tokens, logprobs)
+        record("probe", **_named(probe, prompt), contrast=list(probe.contrast), **measured)
     for text in asked.suite.texts:
         if ("text", text.id) in earlier:
             perplexity.append(earlier["text", text.id]["perplexity"])
@@ -85,7 +79,7 @@ def ask(
     for batch in _batches(_answers(asked, seed), engine.settings.batch):
         if all((it.kind, it.id) in earlier for it in batch):
             continue
-        made = engine.generate([it.prompt.tokens for it in batch], batch[0].sampling, asked.tokens.ends)
+        made = engine.generate([it.prompt.given for it in batch], batch[0].sampling, asked.tokens.ends)
         for it, generation in zip(batch, made, strict=True):
             record(it.kind, **whole, **it.tell(_generated(asked, it.sampling, generation)))
     return found
@@ -130,7 +124,9 @@ def _tell_question(question: Question, prompt: Asked, fields: Record) -> Record:
 
 
 def _tell_open(it: Open, prompt: Asked, fields: Record) -> Record:
-    return {**_named(it, prompt), **fields}
+    picture = prompt.pictured.picture if prompt.pictured else None
+    image = {"image": picture and picture.name, "image_sha256": picture and picture.digest}
+    return {**_named(it, prompt), **image, **fields}
 
 
 def _tell_bilingual(asked: Questionnaire, place: int, language: str, fields: Record) -> Record:
@@ -180,81 +176,6 @@ def _generated(asked: Questionnaire, sampling: Sampling, made: Generation) -> Re
         "do_sample": sampling.temperature > 0,
         "seed": sampling.seed,
     }
-
-
-def _continuations(
-    engine: Engine, prompt: Sequence[int], asked: Questionnaire, logprobs: Array
-) -> dict[tuple[int, ...], float]:
-    """Return the log probability of each variant of several tokens, by its tokens, but for those that cannot matter."""
-    least = math.log(asked.suite.least) if asked.suite.least else -math.inf
-    # Not "less than": what NaN makes unknown is to be scored.
-    several = [
-        tokens
-        for tokens in dict.fromkeys(it.tokens for it in asked.variants if not it.single)
-        if not _at(logprobs, tokens[0]) < least
-    ]
-    scores = engine.score([[*prompt, *tokens] for tokens in several]) if several else []
-    return {tokens: float(it.logprobs[-len(tokens) :].sum()) for tokens, it in zip(several, scores, strict=True)}
-
-
-def _at(logprobs: Array, token: int) -> float:
-    """Return the log probability of a token; the head may have fewer rows than the tokenizer has tokens."""
-    return float(logprobs[token]) if token < len(logprobs) else -math.inf
-
-
-def _distribution(
-    asked: Questionnaire, logits: Any, logprobs: Array, scored: Mapping[tuple[int, ...], float], contrast: Sequence[str]
-) -> dict[str, Any]:
-    """Return what a probe measures: each variant, the mass of each set, one set against another, entropy and top."""
-
-    held = {it: _at(logprobs, it.tokens[0]) if it.single else scored.get(it.tokens) for it in asked.variants}
-    share = {it: 0.0 if value is None else math.exp(value) for it, value in held.items()}
-    labels = [
-        {
-            "set": it.set,
-            "label": it.label,
-            "spelling": it.spelling,
-            "tokens": list(it.tokens),
-            "kind": "token" if it.single else "continuation" if value is not None else "not scored",
-            "logit": float(logits[it.tokens[0]]) if it.single and it.tokens[0] < len(logits) else None,
-            "logprob": value,
-            "probability": None if value is None else share[it],
-            "first_probability": math.exp(_at(logprobs, it.tokens[0])),
-        }
-        for it, value in held.items()
-    ]
-    mass = {
-        name: sum(share[it] for it in counted(it for it in asked.variants if it.set == name))
-        for name in asked.suite.labels
-    }
-    both = mass[contrast[0]] + mass[contrast[1]]
-    nats = entropy(logprobs)
-    return {
-        "labels": labels,
-        "mass": mass,
-        # Of two tiny numbers one may well be the larger: the mass tells what the ratio is worth.
-        "contrast_mass": both,
-        "contrast_ratio": mass[contrast[0]] / both if both else None,
-        "vocabulary": len(logprobs),
-        "entropy_nats": nats,
-        "entropy_bits": nats / math.log(2),
-        "top": [
-            {
-                "token": int(token),
-                "spelling": asked.tokens.spelling(int(token)),
-                "logit": float(logits[token]),
-                "probability": float(np.exp(logprobs[token])),
-            }
-            for token in top(logprobs, TOP)
-        ],
-    }
-
-
-def _divergence(base: tuple[list[int], Array] | None, prompt: list[int], logprobs: Array) -> float | None:
-    """Return the divergence from a base in nats; none where it was asked in other tokens, or has other ones."""
-    if base is None or base[0] != prompt or len(base[1]) != len(logprobs):
-        return None
-    return divergence(base[1], logprobs)
 
 
 def _loss(engine: Engine, held: Windows) -> Loss:

@@ -7,7 +7,7 @@ category the first few in that order are asked. So the twenty of seed 42 are the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import comb
 from typing import Any, NamedTuple
 
@@ -104,3 +104,18 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _mean(values: Any) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def unworded(seed: int, wordings: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Yield what wordings lack for the problems of a seed, or ask of them that they do not have."""
+    for language in LANGUAGES:
+        held = wordings.get(language, {})
+        lacking = [kind for kind in KINDS if kind not in held]
+        if lacking:
+            yield f"bilingual: wordings of {language} lack {', '.join(lacking)}; 'extends: bilingual' has them."
+            continue
+        for kind, problem in {it.kind: it for it in problems(seed, POOL)}.items():
+            try:
+                problem.text(held)
+            except (KeyError, IndexError, ValueError) as wrong:
+                yield f"bilingual: wording {kind} of {language}: {wrong} is not among {', '.join(problem.numbers)}."

@@ -1,7 +1,8 @@
 """The interface that all engines have: they continue, give the logits of the next token, and score prompts.
 
-Prompts are lists of token ids, so that all engines are asked the same. An engine holds one model at a time; `load` puts
-another in its place, and `describe` tells what a record has to say for its numbers to be made again.
+Prompts are lists of token ids, so that all engines are asked the same; one with a picture has more to it. An engine
+holds one model at a time; `load` puts another in its place, and `describe` tells what a record has to say for its
+numbers to be made again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+
+from tensorsurgeon.errors import EngineError
 
 if TYPE_CHECKING:
     from tensorsurgeon.evaluate.measures import Array, Flags, Logits
@@ -20,6 +23,34 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 Prompt = Sequence[int]
+
+
+class Picture(NamedTuple):
+    """A picture: its file's name and SHA-256, and the picture itself, of Pillow's, in red, green and blue."""
+
+    name: str
+    digest: str
+    image: Any
+
+
+class Pictured(NamedTuple):
+    """A chat with a picture, in the form that each engine takes.
+
+    Attributes:
+        tokens: As the model sees it, with all tokens that stand for the picture.
+        marked: As the template has it, with the mark where the picture goes; vLLM puts those tokens there itself.
+        text: The same as a text, for the model's processor.
+        messages: Who says what, for a server, which has the template.
+        template: Options of the template.
+        picture: The picture that is meant.
+    """
+
+    tokens: list[int]
+    marked: list[int]
+    text: str
+    messages: list[dict[str, Any]]
+    template: dict[str, Any]
+    picture: Picture
 
 
 class Settings(NamedTuple):
@@ -81,10 +112,12 @@ class Engine(Protocol):
     def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Put other weights, torch tensors by their names in a checkpoint, into the model; its config stays."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]
+    ) -> list[Generation]:
         """Continue each prompt until one of the tokens that are `ends`, or to the most tokens."""
 
-    def next_logits(self, prompts: Sequence[Prompt]) -> Iterator[Logits]:
+    def next_logits(self, prompts: Sequence[Prompt | Pictured]) -> Iterator[Logits]:
         """Yield for each prompt the logits of the token after it, one for each row of the head.
 
         A server gives log probabilities instead: logits less a constant, which `describe` tells.
@@ -98,3 +131,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of the model and its memory; another can be loaded then."""
+
+
+def check_tokens(engine: str, asked: Pictured, tokens: Sequence[int]) -> None:
+    """See that an engine put a picture into the same tokens as the model's own processor.
+
+    Raises:
+        EngineError: where it did not, and so was asked something else.
+    """
+    if list(tokens) != asked.tokens:
+        raise EngineError(
+            f"{engine}: puts {asked.picture.name} into a chat of {len(tokens)} tokens, the model's own processor into "
+            f"other {len(asked.tokens)}; ask the model with --engine transformers."
+        )

@@ -20,8 +20,8 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.durable import write_small
 from tensorsurgeon.errors import DestinationError
 from tensorsurgeon.evaluate.digest import checkpoint_digest
+from tensorsurgeon.evaluate.results import RECORDS, STUDY
 
-STUDY, RECORDS = "study.json", "records.jsonl"
 MOST_SHOWN = 12
 """Differences of two studies that are told."""
 

@@ -8,16 +8,24 @@ from typing import NamedTuple
 
 from tensorsurgeon.errors import UsageError, raise_all
 from tensorsurgeon.evaluate.bilingual import LANGUAGES, problems
+from tensorsurgeon.evaluate.engine import Picture, Pictured, Prompt
 from tensorsurgeon.evaluate.labels import find_variants
+from tensorsurgeon.evaluate.pictures import Processor, read_picture
 from tensorsurgeon.evaluate.suite import Form, Prompted, Suite, Text
 from tensorsurgeon.evaluate.tokens import Tokens
 
 
 class Asked(NamedTuple):
-    """A prompt as the model sees it: its tokens, and its form."""
+    """A prompt as the model sees it: its tokens, its form, and what more there is to it where it has a picture."""
 
     tokens: list[int]
     form: str
+    pictured: Pictured | None = None
+
+    @property
+    def given(self) -> Prompt | Pictured:
+        """What an engine is asked."""
+        return self.pictured or self.tokens
 
 
 class Windows(NamedTuple):
@@ -33,7 +41,8 @@ class Questionnaire:
     def __init__(self, suite: Suite, tokens: Tokens, most: int | None = None) -> None:
         self.suite, self.tokens = suite, tokens
         self.variants = find_variants(tokens, suite.labels)
-        self.prompts = {it.id: self._ask(it) for it in (*suite.probes, *suite.questions, *suite.all_open)}
+        self.prompts = {it.id: self._ask(it) for it in (*suite.probes, *suite.questions)}
+        self.prompts |= self._ask_open()
         # An engine makes a token more even where only the prompt is scored.
         room = most - 1 if most else 2**31
         self.windows = {it.id: list(self._windows(it, min(it.window, room))) for it in suite.texts}
@@ -60,6 +69,26 @@ class Questionnaire:
 
     def _ask(self, it: Prompted) -> Asked:
         return self._put(it.text, it.system, it.form)
+
+    def _ask_open(self) -> dict[str, Asked]:
+        """Return the prompts whose answers are kept; a picture is read once, whatever is asked about it."""
+        pictures: dict[str, Picture] = {}
+        problems: list[str] = []
+        for file in dict.fromkeys(it.image for it in self.suite.all_open if it.image):
+            try:
+                pictures[file] = read_picture(file)
+            except UsageError as problem:
+                problems += problem.problems
+        raise_all(UsageError, problems)
+        processor = Processor(self.tokens.directory) if pictures else None
+        found = {}
+        for it in self.suite.all_open:
+            if processor and it.image:
+                put, form = processor.chat(it.text, it.system, pictures[it.image], self.suite.template)
+                found[it.id] = Asked(put.tokens, form, put)
+            else:
+                found[it.id] = self._ask(it)
+        return found
 
     def _put(self, text: str, system: str | None, form: Form) -> Asked:
         if form == "chat":

@@ -10,6 +10,7 @@
     questions: [{id: sum, group: math, text: "What is 17 + 25?", answers: ["42"]}]
     open: [{id: walk, group: long-form, text: Describe a walk in the rain., tokens: 256}]
     prompts: [{group: dreams, texts: [Tell me of a dream., Describe a dream.], tokens: 350, temperature: 1.0}]
+             # `image: FILE` in `open` and `prompts` shows a picture before the text, to models that take pictures
     bilingual: {seed: 7}               # with the wordings of the suite bilingual, which is to be extended then
 
 Files are found beside the suite. All that is wrong in a suite is said at once.
@@ -26,7 +27,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tensorsurgeon.errors import UsageError, nearest, raise_all
-from tensorsurgeon.evaluate.bilingual import EACH, KINDS, LANGUAGES, POOL, SEED, problems
+from tensorsurgeon.evaluate.bilingual import EACH, POOL, SEED, unworded
 from tensorsurgeon.evaluate.grading import Match
 from tensorsurgeon.yaml_lines import Reader
 
@@ -63,20 +64,28 @@ class Question(Prompted):
 
 
 class Open(Prompted):
-    """A prompt whose answer is kept as it is: greedy, or by chance from the seed, else from that of the run."""
+    """A prompt whose answer is kept as it is: greedy, or by chance from the seed, else from that of the run.
 
+    An `image` is a file with a picture, which stands before the text of a chat.
+    """
+
+    image: str | None = None
     tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     seed: int | None = None
 
 
 class Prompts(_Part):
-    """A group of prompts that are answered alike, numbered from 1: `dreams-1`, `dreams-2` and so on."""
+    """A group of prompts that are answered alike, numbered from 1: `dreams-1`, `dreams-2` and so on.
+
+    All of them are about the same `image`, where there is one.
+    """
 
     group: str = Field(min_length=1)
     texts: tuple[str, ...] = Field(min_length=1)
     system: str | None = None
     form: Form = "chat"
+    image: str | None = None
     tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     seed: int | None = None
@@ -184,9 +193,11 @@ def _read(name: str, within: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]
     raise_all(UsageError, reader.problems)
     if not isinstance(data, dict):
         raise UsageError(f"{name}: is no mapping of what is asked; see 'quick' for one.")
-    for entry in data.get("texts") or ():
-        if isinstance(entry, dict) and isinstance(entry.get("file"), str):
-            entry["file"] = _beside(entry["file"], path if is_file else None)
+    for part, key in (("texts", "file"), ("open", "image"), ("prompts", "image")):
+        entries = data.get(part)
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict) and isinstance(entry.get(key), str):
+                entry[key] = _beside(entry[key], path if is_file else None)
     data.setdefault("name", path.stem)
     under = data.pop("extends", None)
     if isinstance(under, str) and under.endswith((".yaml", ".yml")):
@@ -238,21 +249,13 @@ def _problems(suite: Suite) -> Iterator[str]:
             yield f"{text.id}: a text has a file or texts, one of the two."
         elif text.file is not None and not Path(text.file).is_file():
             yield f"{text.id}: there is no file {text.file}."
+    shown = [(it.id, it.image, it.form) for it in suite.open] + [(it.group, it.image, it.form) for it in suite.prompts]
+    for name, image, form in shown:
+        if image is not None and not Path(image).is_file():
+            yield f"{name}: there is no file {image}."
+        if image is not None and form != "chat":
+            yield f"{name}: an image is shown in a chat; leave out 'form: {form}'."
     if suite.bilingual:
-        yield from _unworded(suite.bilingual)
+        yield from unworded(suite.bilingual.seed, suite.bilingual.wordings)
     if not suite.asked and not suite.bilingual:
         yield "asks nothing."
-
-
-def _unworded(test: Bilingual) -> Iterator[str]:
-    for language in LANGUAGES:
-        held = test.wordings.get(language, {})
-        lacking = [kind for kind in KINDS if kind not in held]
-        if lacking:
-            yield f"bilingual: wordings of {language} lack {', '.join(lacking)}; 'extends: bilingual' has them."
-            continue
-        for kind, problem in {it.kind: it for it in problems(test.seed, POOL)}.items():
-            try:
-                problem.text(held)
-            except (KeyError, IndexError, ValueError) as wrong:
-                yield f"bilingual: wording {kind} of {language}: {wrong} is not among {', '.join(problem.numbers)}."

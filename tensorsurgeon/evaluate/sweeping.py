@@ -11,12 +11,13 @@ from typing import Any
 
 from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
 from tensorsurgeon.errors import OutOfMemoryError, SurgeonError, UsageError
-from tensorsurgeon.evaluate.asking import Distributions, ask
+from tensorsurgeon.evaluate.asking import ask
 from tensorsurgeon.evaluate.choosing import make_engine
 from tensorsurgeon.evaluate.described import damage, layers_of
-from tensorsurgeon.evaluate.engine import Engine, Settings
+from tensorsurgeon.evaluate.engine import Engine, Pictured, Prompt, Settings
 from tensorsurgeon.evaluate.installing import Installer, Subject
 from tensorsurgeon.evaluate.ledger import Ledger
+from tensorsurgeon.evaluate.probing import Distributions
 from tensorsurgeon.evaluate.questionnaire import Questionnaire
 from tensorsurgeon.evaluate.study import Study, Trial
 from tensorsurgeon.evaluate.suite import Suite, load_suite
@@ -42,9 +43,10 @@ class Sweep:
     def recorded(self) -> Row:
         """Return the study as plain data, with all that is asked: of files their digests, wherever they lie."""
         asked = self.suite.model_dump(mode="json")
-        for text in asked["texts"]:
-            if text["file"] is not None:
-                text["file"] = hashlib.sha256(Path(text["file"]).read_bytes()).hexdigest()
+        for part, key in (("texts", "file"), ("open", "image"), ("prompts", "image")):
+            for entry in asked[part]:
+                if entry[key] is not None:
+                    entry[key] = hashlib.sha256(Path(entry[key]).read_bytes()).hexdigest()
         return {**self.study.recorded(), "asked": asked}
 
     def subject(self, trial: Trial) -> Subject:
@@ -158,8 +160,12 @@ def _try(
     advance: Any,
 ) -> Distributions:
     engine, form, subject = installer.engine, sweep.form(trial), sweep.subject(trial)
-    prompts = [it.tokens for it in (*form.prompts.values(), *form.translated.values())][:PROVING]
-    prompts = prompts or [prompt for texts in form.windows.values() for held in texts for prompt in held.prompts][:1]
+    # Those with pictures first: they go through all of the model.
+    those = sorted((*form.prompts.values(), *form.translated.values()), key=lambda it: it.pictured is None)
+    windows: list[Prompt | Pictured] = []
+    for texts in form.windows.values():
+        windows += [prompt for held in texts for prompt in held.prompts]
+    prompts = [it.given for it in those[:PROVING]] or windows[:1]
     built = installer.install(subject, lambda: b"".join(it.tobytes() for it in engine.next_logits(prompts)))
     source = _opened(trial.source)
     about = {

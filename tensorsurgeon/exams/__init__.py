@@ -6,6 +6,7 @@ from tensorsurgeon.exams.evaluation import evaluate
 from tensorsurgeon.exams.health import autopsy
 from tensorsurgeon.exams.integrity import verify
 from tensorsurgeon.exams.overview import inspect
+from tensorsurgeon.exams.reporting import report
 from tensorsurgeon.exams.sweeping import sweep
 
-__all__ = ["autopsy", "diff", "evaluate", "inspect", "noise", "sweep", "verify"]
+__all__ = ["autopsy", "diff", "evaluate", "inspect", "noise", "report", "sweep", "verify"]

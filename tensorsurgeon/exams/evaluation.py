@@ -151,7 +151,8 @@ def _kept(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _ask_all(runner: Engine, subjects: list[Subject], suite: Suite, keep: Callable[[dict[str, Any]], None]) -> Findings:
-    from tensorsurgeon.evaluate.asking import Distributions, ask
+    from tensorsurgeon.evaluate.asking import ask
+    from tensorsurgeon.evaluate.probing import Distributions
     from tensorsurgeon.evaluate.questionnaire import Questionnaire
     from tensorsurgeon.evaluate.tokens import Tokens
 

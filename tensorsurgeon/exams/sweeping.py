@@ -7,6 +7,7 @@ from pathlib import Path
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.exams.integrity import faults
+from tensorsurgeon.exams.reporting import report
 from tensorsurgeon.parameters import File, Location, Settings, Size
 from tensorsurgeon.registry import Findings, exam
 from tensorsurgeon.running import running
@@ -27,7 +28,7 @@ def sweep(
     One variant is there at a time: as it lies, as other weights in the engine that ran the one before, or written to a
     scratch directory and removed. Records are lines of JSON, each in the file before the next is asked for: what was
     interrupted goes on where it stopped, and what there is a record of is not asked again. A study that changed is
-    refused, with the differences. Where memory runs out the batch is halved.
+    refused, with the differences. Where memory runs out the batch is halved. At the end stands what `report` tells.
 
     Args:
         set_: Lay a value over the study, such as source=DIR or variants.1.layers.window=2.
@@ -56,4 +57,5 @@ def sweep(
             engine.close()
     finally:
         ledger.close()
-    return Findings({"variants": rows, "notes": [{"note": note} for note in notes]})
+    found = report((str(given.results),))
+    return found._replace(tables={**found.tables, **({"notes": [{"note": it} for it in notes]} if notes else {})})

@@ -12,6 +12,7 @@ from typing import Any
 
 from tensorsurgeon.errors import UsageError
 from tensorsurgeon.registry import Findings
+from tensorsurgeon.report.chart_figures import chart_figure, plain
 from tensorsurgeon.report.destination import file_stem, make_directory, write_report
 from tensorsurgeon.report.grids import Grid, Place, Row, Statistic, find_grids, model_of, place_of
 from tensorsurgeon.report.histograms import Histogram, floor_of, outline
@@ -34,8 +35,8 @@ Laid = tuple[int | None, Mapping[str, Any]]
 def write_figures(findings: Findings, directory: Path) -> list[Path]:
     """Write findings as PNG (200 dpi) and SVG figures, and return their paths.
 
-    They are heatmaps of layer x role, for each statistic that differs within a role; and for each role its histograms
-    and spectra, a few layers over each other. The same findings give the same bytes of SVG.
+    They are the findings' charts; heatmaps of layer x role, for each statistic that differs within a role; and for each
+    role its histograms and spectra, a few layers over each other. The same findings give the same bytes of SVG.
 
     Raises:
         UsageError: where matplotlib is not installed.
@@ -60,6 +61,8 @@ def write_figures(findings: Findings, directory: Path) -> list[Path]:
 
 def _figures(findings: Findings) -> Iterator[tuple[str, Any]]:
     """Yield figures with their titles, one at a time: each holds its pixels as long as it lives."""
+    for chart in findings.charts:
+        yield f"{chart.title} {chart.measure}", chart_figure(chart)
     for grid in find_grids(findings.tables):
         rows = findings.tables[grid.title]
         for statistic in grid.statistics:
@@ -94,19 +97,14 @@ def _heatmap(grid: Grid, statistic: Statistic, rows: Sequence[Row]) -> Any:
     row = figure.subplots(1, len(grid.models), sharey=True, squeeze=False)[0]
     for axes, model, lines in zip(row, grid.models, shown, strict=True):
         image = axes.imshow(lines, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-        axes.set_title(_plain(model), loc="left", fontsize=9)
+        axes.set_title(plain(model), loc="left", fontsize=9)
         axes.set_xlabel("layer")
         every = ceil(len(grid.layers) / 12)
         ticks = [place for place, layer in enumerate(grid.layers) if layer is not None and layer % every == 0]
         axes.set_xticks(ticks, [str(grid.layers[place]) for place in ticks])
-        axes.set_yticks(range(len(grid.roles)), map(_plain, grid.roles))
-    figure.colorbar(image, ax=row, label=_plain(statistic.name), pad=0.01)
+        axes.set_yticks(range(len(grid.roles)), map(plain, grid.roles))
+    figure.colorbar(image, ax=row, label=plain(statistic.name), pad=0.01)
     return figure
-
-
-def _plain(text: str) -> str:
-    """Return a text as matplotlib shows it unchanged: between dollars it takes it for a formula."""
-    return text.replace("$", r"\$")
 
 
 def _by_role(findings: Findings) -> dict[tuple[str, str], list[tuple[int | None, Detail]]]:
@@ -139,13 +137,13 @@ def _curves(title: str, laid: Sequence[Laid], draw: Callable[[Any, Any, dict[str
 
     figure = Figure(figsize=(4.5, 2.8), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(_plain(title), loc="left", fontsize=9)
+    axes.set_title(plain(title), loc="left", fontsize=9)
     axes.set_yscale("log")
     for place, (layer, labelled) in enumerate(laid):
         shade = colormaps["viridis"](0.85 * place / max(1, len(laid) - 1))
         for (label, held), dash in zip(labelled.items(), cycle(DASHES)):
             words = ", ".join(filter(None, (label, "" if layer is None else f"layer {layer}")))
-            draw(axes, held, {"label": _plain(words) or None, "color": shade, "linestyle": dash, "linewidth": 1})
+            draw(axes, held, {"label": plain(words) or None, "color": shade, "linestyle": dash, "linewidth": 1})
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)
     return figure, axes

@@ -52,4 +52,5 @@ def write_report(
 def findings_json(findings: Findings) -> dict[str, Any]:
     """Return all that was found, as JSON has it."""
     details = {"details": list(findings.details)} if findings.details else {}
-    return {**findings.tables, "problems": findings.problems, **details}
+    summary = {"summary": list(findings.summary)} if findings.summary else {}
+    return {**summary, **findings.tables, "problems": findings.problems, **details}

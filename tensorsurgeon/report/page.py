@@ -25,7 +25,7 @@ from tensorsurgeon.report.destination import write_report
 from tensorsurgeon.report.grids import find_grids
 from tensorsurgeon.report.rows import columns_of
 
-SCRIPTS = ("plots.js", "tables.js", "page.js")
+SCRIPTS = ("plots.js", "tables.js", "charts.js", "pivots.js", "page.js")
 
 
 def write_page(findings: Findings, title: str, path: Path) -> None:
@@ -88,7 +88,17 @@ def _data(findings: Findings) -> dict[str, Any]:
         "problems": list(findings.problems),
         "grids": grids,
         "details": [_rounded(detail) for detail in findings.details],
+        "summary": list(findings.summary),
+        "charts": [_as_data(chart) for chart in findings.charts],
+        "pivots": [pivot._asdict() for pivot in findings.pivots],
     }
+
+
+def _as_data(value: Any) -> Any:
+    """Return named tuples, all the way down, by the names of their fields."""
+    if hasattr(value, "_asdict"):
+        return {key: _as_data(item) for key, item in value._asdict().items()}
+    return [_as_data(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _spelled(value: Any) -> Any:

@@ -20,7 +20,8 @@ def reference_text() -> str:
 
 
 def _section(spec: Spec) -> str:
-    placed = " ".join([spec.subject.upper(), *(it.word.upper() for it in spec.operands)])
+    subject = f"{spec.subject.upper()}{'...' * spec.several}"
+    placed = " ".join([subject, *(it.word.upper() for it in spec.operands)])
     operands = "SRC DEST" if spec.name in OPERATIONS else placed
     lines = [f"#### `{spec.name} {operands}`", "", spec.description]
     if spec.parameters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from tensorsurgeon.sizes import format_size
 
 ROWS_SHOWN = 12
 """Longer tables of shards are cut; --json has them whole."""
+LINE = 110
+"""Characters of a line of sentences."""
+FACTS = ("model", "study")
+"""Tables that are shown as facts where they have one row."""
 
 
 def plan_text(plan: Plan, dest: Path) -> str:
@@ -48,13 +53,13 @@ def written_text(plan: Plan, dest: Path, seconds: float) -> str:
 
 
 def findings_text(findings: Findings) -> str:
-    """Return the tables of an exam, a table of one row as lines of name and value, and its problems."""
-    parts = []
+    """Return what an exam found: in words, as tables, one of one row as lines of name and value, and its problems."""
+    parts = [textwrap.fill(text, LINE) for text in findings.summary]
     for title, rows in findings.tables.items():
         columns = findings.shown.get(title)
         listed = [{key: row[key] for key in columns if key in row} for row in rows] if columns else rows
         shown = listed if title == "tensors" else listed[:ROWS_SHOWN]
-        text = as_list(rows[0]) if title == "model" else f"{title}:\n{as_table(shown)}"
+        text = as_list(rows[0]) if title in FACTS and len(rows) == 1 else f"{title}:\n{as_table(shown)}"
         more = f"\nand {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
         parts.append(text + more)
     parts += ["\n".join(f"problem: {text}" for text in findings.problems)] if findings.problems else []

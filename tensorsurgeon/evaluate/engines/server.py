@@ -6,7 +6,9 @@ alike, 3 % of the probability with a vocabulary of Qwen, and such an answer is r
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import time
 import urllib.error
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tensorsurgeon.errors import EngineError
-from tensorsurgeon.evaluate.engine import Generation, Prompt, Sampling, Scores, Settings
+from tensorsurgeon.evaluate.engine import Generation, Pictured, Prompt, Sampling, Scores, Settings, check_tokens
 from tensorsurgeon.evaluate.measures import Logits
 
 TIMEOUT = 600
@@ -64,17 +66,20 @@ class ServerEngine:
         """Refuse: a server keeps its model."""
         raise EngineError(f"{self.url}: a server keeps the model that it has.")
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
-        """Continue each prompt, one after the other.
+    def generate(
+        self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]
+    ) -> list[Generation]:
+        """Continue each prompt, one after the other; those with pictures as chats, which the server puts itself.
 
         Raises:
-            EngineError: also for a server that does not tell the tokens of its answers.
+            EngineError: also for a server that does not tell the tokens of its answers, or puts a chat otherwise.
         """
         return [self._generate(prompt, sampling, ends) for prompt in prompts]
 
-    def _generate(self, prompt: Prompt, sampling: Sampling, ends: Sequence[int]) -> Generation:
+    def _generate(self, prompt: Prompt | Pictured, sampling: Sampling, ends: Sequence[int]) -> Generation:
         started = time.perf_counter()
-        choice = self._complete(
+        ask: Any = self._chat if isinstance(prompt, Pictured) else self._complete
+        choice = ask(
             prompt,
             max_tokens=sampling.tokens,
             temperature=sampling.temperature,
@@ -91,13 +96,15 @@ class ServerEngine:
         ended = bool(tokens) and tokens[-1] in ends
         return Generation(tuple(tokens[:-1] if ended else tokens), ended, time.perf_counter() - started)
 
-    def next_logits(self, prompts: Sequence[Prompt]) -> Iterator[Logits]:
+    def next_logits(self, prompts: Sequence[Prompt | Pictured]) -> Iterator[Logits]:
         """Yield log probabilities after each prompt, of all tokens.
 
         Raises:
-            EngineError: for a server that gives fewer, or other numbers.
+            EngineError: for a server that gives fewer, or other numbers; and for prompts with pictures.
         """
         for prompt in prompts:
+            if isinstance(prompt, Pictured):
+                raise EngineError(f"{self.url}: gives answers about a picture, and no probabilities.")
             choice = self._complete(
                 prompt, max_tokens=1, temperature=0, logprobs=-1, return_tokens_as_token_ids=True, ignore_eos=True
             )
@@ -147,6 +154,16 @@ class ServerEngine:
         body = {"model": self._served.get("id"), "prompt": list(prompt), **options}
         return self._get("/v1/completions", body)["choices"][0]  # type: ignore[no-any-return]
 
+    def _chat(self, asked: Pictured, **options: Any) -> dict[str, Any]:
+        """Return how a chat goes on; where the server tells what it put the chat into, that is looked at."""
+        body = {"model": self._served.get("id"), "messages": _shown(asked), **options}
+        if asked.template:
+            body["chat_template_kwargs"] = asked.template
+        answer = self._get("/v1/chat/completions", body)
+        if answer.get("prompt_token_ids") is not None:
+            check_tokens(self.url, asked, answer["prompt_token_ids"])
+        return answer["choices"][0]  # type: ignore[no-any-return]
+
     def _get(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return what the server answers.
 
@@ -183,6 +200,18 @@ class ServerEngine:
 
     def close(self) -> None:
         """Do nothing: the server keeps its model."""
+
+
+def _shown(asked: Pictured) -> list[dict[str, Any]]:
+    """Return the messages of a chat with the picture in them, as a PNG, which loses nothing."""
+    file = io.BytesIO()
+    asked.picture.image.save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    shown = {"type": "image_url", "image_url": {"url": url}}
+    return [
+        {**said, "content": [shown if part["type"] == "image" else part for part in said["content"]]}
+        for said in asked.messages
+    ]
 
 
 def _reason(body: bytes) -> str:

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from tensorsurgeon.errors import EngineError
-from tensorsurgeon.evaluate.engine import Generation, Prompt, Sampling, Scores, Settings
+from tensorsurgeon.evaluate.engine import Generation, Pictured, Prompt, Sampling, Scores, Settings
 from tensorsurgeon.evaluate.measures import Logits
+from tensorsurgeon.evaluate.pictures import Processor, takes_pictures
 
 
 class TransformersEngine:
@@ -24,17 +25,23 @@ class TransformersEngine:
         self.reloads = False
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = None
+        self._processor: Processor | None = None
+        self._directory = Path()
         if settings.threads:
             torch.set_num_threads(settings.threads)
 
     def load(self, directory: Path, length: int, adapter: Path | None = None) -> None:
         """Take a model in place of any other, with an adapter by PEFT; its length needs no room beforehand."""
         self.close()
+        self._directory = directory
+        shown_to = takes_pictures(directory)
         bars = transformers.utils.logging
         shown = bars.is_progress_bar_enabled()
         bars.disable_progress_bar()
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            # A model of text and pictures has a class of its own, and asked of texts alone it is the same.
+            kind = transformers.AutoModelForImageTextToText if shown_to else transformers.AutoModelForCausalLM
+            model = kind.from_pretrained(
                 str(directory), dtype=getattr(torch, self.settings.dtype), local_files_only=True
             )
             if adapter:
@@ -57,12 +64,15 @@ class TransformersEngine:
         """Refuse: names in a checkpoint are not always those in the class."""
         raise EngineError("transformers: takes no other weights into a model that is there.")
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]
+    ) -> list[Generation]:
         """Continue each prompt; the settings that the model brings along for sampling do not count."""
         return [self._generate(prompt, sampling, ends) for prompt in prompts]
 
-    def _generate(self, prompt: Prompt, sampling: Sampling, ends: Sequence[int]) -> Generation:
-        ids = self._ids(prompt)
+    def _generate(self, prompt: Prompt | Pictured, sampling: Sampling, ends: Sequence[int]) -> Generation:
+        given = self._inputs(prompt)
+        ids = given["input_ids"]
         chance = {"temperature": sampling.temperature, "top_k": 0} if sampling.temperature else {}
         config = transformers.GenerationConfig(
             max_new_tokens=sampling.tokens,
@@ -76,12 +86,12 @@ class TransformersEngine:
         torch.manual_seed(sampling.seed)
         started = time.perf_counter()
         with torch.inference_mode():
-            made = self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            made = self._model.generate(**given, generation_config=config)
         tokens = made[0, ids.shape[1] :].tolist()
         ended = bool(tokens) and tokens[-1] in ends
         return Generation(tuple(tokens[:-1] if ended else tokens), ended, time.perf_counter() - started)
 
-    def next_logits(self, prompts: Sequence[Prompt]) -> Iterator[Logits]:
+    def next_logits(self, prompts: Sequence[Prompt | Pictured]) -> Iterator[Logits]:
         """Yield the raw logits after each prompt."""
         for prompt in prompts:
             yield self._logits(prompt, 1)[0].numpy()
@@ -97,13 +107,19 @@ class TransformersEngine:
         logprobs = chosen - logits.logsumexp(1)
         return Scores(logprobs.numpy(), (chosen >= logits.max(1).values).numpy())
 
-    def _logits(self, prompt: Prompt, last: int) -> torch.Tensor:
+    def _logits(self, prompt: Prompt | Pictured, last: int) -> torch.Tensor:
         with torch.inference_mode():
-            made = self._model(self._ids(prompt), use_cache=False, logits_to_keep=last).logits
+            made = self._model(**self._inputs(prompt), use_cache=False, logits_to_keep=last).logits
         return made[0, -last:].float().cpu()  # type: ignore[no-any-return]
 
-    def _ids(self, prompt: Prompt) -> torch.Tensor:
-        return torch.tensor([list(prompt)], device=self.device)
+    def _inputs(self, prompt: Prompt | Pictured) -> dict[str, torch.Tensor]:
+        if not isinstance(prompt, Pictured):
+            ids = torch.tensor([list(prompt)], device=self.device)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self._processor = self._processor or Processor(self._directory)
+        given = self._processor.inputs(prompt).to(self.device)
+        dtype = getattr(torch, self.settings.dtype)
+        return {name: it.to(dtype) if it.is_floating_point() else it for name, it in given.items()}
 
     def describe(self) -> dict[str, Any]:
         """Return what a record has to say of this engine."""
@@ -125,7 +141,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Let go of the model."""
         if self._model is not None:
-            self._model = None
+            self._model = self._processor = None
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()

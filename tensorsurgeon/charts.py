@@ -1,0 +1,66 @@
+"""Charts as data: what a page and figures draw of findings, so that both show the same.
+
+A chart has panels of the same kind, and a panel has series of points. Where the points lie along the axis, and what
+stands below them, is settled here, logarithmic axes too: `ticks` are places with their texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+Kind = Literal["curves", "bars", "rows", "stack", "map"]
+"""Curves with a band around them; bars upward; bars to the right, one a row; rows of shares on each other; cells."""
+
+
+class Point(NamedTuple):
+    """A value at a place, how far it spreads to both sides, and what is said of it; no value is drawn as a cross."""
+
+    at: float
+    value: float | None
+    spread: float | None
+    text: str
+
+
+class Series(NamedTuple):
+    """Points that belong together: a curve, bars of a colour, a row of cells."""
+
+    label: str
+    points: Sequence[Point]
+
+
+class Panel(NamedTuple):
+    """Series over one axis; `baseline` is a value to compare with."""
+
+    title: str
+    series: Sequence[Series]
+    ticks: Sequence[tuple[float, str]]
+    baseline: float | None = None
+
+
+class Chart(NamedTuple):
+    """Panels side by side with the same scale; charts of one title show one thing in several measures."""
+
+    title: str
+    measure: str
+    kind: Kind
+    axis: str
+    panels: Sequence[Panel]
+    log: bool = False
+    """Whether a logarithmic scale suits the values better."""
+    small: float | None = None
+    """A magnitude below which that scale is linear, so that it can have zero and both signs; none needs neither."""
+
+
+class Pivot(NamedTuple):
+    """A table of texts laid side by side: the columns of it that make a row, a column, and a cell."""
+
+    title: str
+    table: str
+    rows: Sequence[str]
+    column: Sequence[str]
+    text: str
+    marks: Sequence[str] = ()
+    """Columns whose values are told with a text."""
+    first: Sequence[str] = ()
+    """Columns to begin with, of those that there are."""
