@@ -89,8 +89,6 @@ LONG: dict[str, str] = {
     "exams/verdict": "the rules of autopsy, each with what finds it",
     "tensor": "one class: all that a tensor can be made of, and how it is read",
     "roles": "a table with a rule for each name of a module",
-    "evaluate/asking": "one record's fields after the other, for all that is asked",
-    "evaluate/engines/vllm": "one class: all that vLLM is asked, and how its exceptions are told",
 }
 """Modules of more than 260 lines, with the reason."""
 

@@ -1,6 +1,5 @@
 """Suites: what is asked of a model, as YAML.
 
-    about: One sentence.
     extends: quick                     # all that another suite asks, too
     template: {enable_thinking: false} # options of the chat template; those that it does not know do nothing
     least: 1.0e-6                      # spellings of several tokens are left out where even the first has less
