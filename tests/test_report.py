@@ -203,12 +203,17 @@ def test_damage_without_texts_is_divergence_and_without_probes_lost_answers(tmp_
     assert [it["right: a"] for it in findings.tables[VARIANTS]] == [1, 1, 0]
 
 
-def test_several_texts_are_one_damage(tmp_path: Path) -> None:
-    records = [text(it, value) | {"prompt_id": name} for it, name, value in
-               ((0, "one", 2.0), (0, "two", 3.0), (1, "one", 4.0), (1, "two", 9.0))]  # fmt: skip
-    (_, row) = report(write_study(tmp_path / "texts", *records)).tables[VARIANTS]
-    assert row["damage"] == pytest.approx((math.log(4 / 2) + math.log(9 / 3)) / 2)
-    assert (row["perplexity of one"], row["perplexity of two"]) == (4, 9)
+def test_of_several_texts_the_one_that_the_baseline_reads_tells_of_damage(tmp_path: Path) -> None:
+    read = {(0, "far"): 1e8, (0, "near"): 3.0, (1, "far"): 1e6, (1, "near"): 9.0, (2, "far"): 1e9, (2, "near"): 4.0}
+    records = [text(variant, value) | {"prompt_id": name} for (variant, name), value in read.items()]
+    findings = report(write_study(tmp_path / "texts", *records))
+    rows = findings.tables[VARIANTS]
+    assert [(it["variant"], it["damage"]) for it in rows] == [
+        ("v0", 0), ("v2", pytest.approx(math.log(4 / 3))), ("v1", pytest.approx(math.log(3))),
+    ]  # fmt: skip
+    assert (rows[2]["perplexity of far"], rows[2]["perplexity of near"]) == (1e6, 9)
+    assert rows[2]["times the baseline"] == pytest.approx(3)
+    assert "Damage is log perplexity of near above the baseline's" in findings.summary[0]
 
 
 def test_a_study_without_baseline(tmp_path: Path) -> None:

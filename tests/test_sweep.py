@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +96,11 @@ def test_every_model_is_made_and_asked(tmp_path: Path, suite: Path) -> None:
     path = write(tmp_path, suite, repeats=2)
     found = ts.exams.sweep(str(path))
     # What the report tells: the least damaged first.
-    assert [row["variant"] for row in found.tables["variants"]] == ["baseline", "mult-gauss-0.0", "mult-gauss-0.5"]
+    assert [row["variant"] for row in found.tables["variants, the least damaged first"]] == [
+        "baseline",
+        "mult-gauss-0.0",
+        "mult-gauss-0.5",
+    ]
     rows = records(tmp_path / "results")
     assert len(rows) == 3 * 2 * EACH
     probes = {(it["variant"], it["repeat_index"]): it for it in rows if it["record"] == "probe"}
@@ -425,9 +430,17 @@ def test_adapters_are_put_on_their_base(tmp_path: Path, suite: Path) -> None:
     assert texts["adapter"]["perplexity"] == pytest.approx(texts["merged"]["perplexity"], rel=1e-6)
 
 
-def test_disk_is_taken_only_within_the_budget(tmp_path: Path, study: Path) -> None:
+def test_disk_is_taken_only_within_the_budget(tmp_path: Path, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TransformersEngine.__init__
+    monkeypatch.setattr(TransformersEngine, "__init__", lambda *_: pytest.fail("an engine was made"))
     with pytest.raises(DestinationError, match="--budget allows"):
         ts.exams.sweep(str(study), budget="1MB", scratch=str(tmp_path / "scratch"))
+    few = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: few)
+    with pytest.raises(DestinationError, match=r"free in .*mult-gauss-0\.0 takes .*--scratch"):
+        ts.exams.sweep(str(study), scratch=str(tmp_path / "scratch"))
+    monkeypatch.undo()
+    assert TransformersEngine.__init__ is made
     ts.exams.sweep(str(study), budget="20MB", scratch=str(tmp_path / "scratch"))
     assert list((tmp_path / "scratch").iterdir()) == []
 

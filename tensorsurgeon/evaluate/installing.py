@@ -19,13 +19,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from tensorsurgeon.checkpoint import Checkpoint, all_sources
-from tensorsurgeon.errors import DestinationError
 from tensorsurgeon.evaluate.engine import Engine
 from tensorsurgeon.kernels.casting import TORCH
-from tensorsurgeon.plan import Plan, make_plan
+from tensorsurgeon.plan import make_plan
 from tensorsurgeon.quantized.settings import find_settings
 from tensorsurgeon.running import running
-from tensorsurgeon.sizes import format_size
 from tensorsurgeon.tensor import LazyTensor
 from tensorsurgeon.writer import write_plan
 
@@ -74,8 +72,8 @@ class Installer:
     `notes` tells what a user should know of how it went.
     """
 
-    def __init__(self, engine: Engine, length: int, scratch: Path | None = None, budget: int | None = None) -> None:
-        self.engine, self.length, self.budget = engine, length, budget
+    def __init__(self, engine: Engine, length: int, scratch: Path | None = None) -> None:
+        self.engine, self.length = engine, length
         self.notes: list[str] = []
         self._scratch = scratch
         self._place: Path | None = None
@@ -105,7 +103,7 @@ class Installer:
 
         Raises:
             EngineError: where the engine refuses it.
-            DestinationError: where it would take more disk than there is, or may be taken.
+            DestinationError: where it cannot be written.
         """
         identity, shape = subject.identity, subject.shape
         if identity != self._identity:
@@ -139,28 +137,12 @@ class Installer:
         assert self._place
         dest = self._place / "model"
         self.engine.close()
-        write_plan(self.check(make_plan(ckpt, None, running().memory, running().threads)), dest, quiet=True)
+        write_plan(make_plan(ckpt, None, running().memory, running().threads), dest, quiet=True)
         if subject.base:
             self.engine.load(subject.base, self.length, dest)
         else:
             self.engine.load(dest, self.length)
         return "written"
-
-    def check(self, plan: Plan) -> Plan:
-        """Return a plan for which there is room in the scratch directory."""
-        assert self._place
-        free = shutil.disk_usage(self._place).free
-        if self.budget is not None and plan.size > self.budget:
-            raise DestinationError(
-                f"{format_size(plan.size)} of disk are needed for a variant, and --budget allows "
-                f"{format_size(self.budget)}."
-            )
-        if plan.size > free:
-            raise DestinationError(
-                f"{self._place.parent}: {format_size(plan.size)} of disk are needed for a variant, and "
-                f"{format_size(free)} are free; name another directory with --scratch."
-            )
-        return plan
 
     def _remove(self) -> None:
         assert self._place

@@ -1,8 +1,9 @@
 """From the records of a study to its outcomes: what is measured of each variant, and which of it tells of damage.
 
-Damage is, of each repetition, how much longer the texts are to the variant than to the baseline: the difference of log
-perplexities in nats a token, the mean over all texts. Where there is no text it is the mean divergence of the probes
-from the baseline's, else the share of right answers that was lost.
+Damage is, of each repetition, how much longer a text is to the variant than to the baseline: the difference of log
+perplexities in nats a token. Of several texts it is the one that the baseline reads best: what it cannot read itself
+tells nothing of what was lost. Where there is no text, damage is the mean divergence of the probes from the baseline's,
+else the share of right answers that was lost.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def outcomes_of(results: Results) -> StudyOutcomes:
     texts = list(dict.fromkeys(it.prompt_id for it in results.records if isinstance(it, TextRecord)))
     variants = results.study.variants
     measured = {it.name: _by_measure(held[it.name], texts) for it in variants}
-    losses = {it.name: _losses(held[it.name]) for it in variants}
-    damage = _add_damage(measured, losses, results.study.baseline)
+    perplexities = [PERPLEXITY if len(texts) == 1 else f"{PERPLEXITY} of {it}" for it in texts]
+    damage = _add_damage(measured, perplexities, results.study.baseline)
     axes = _axes(variants)
     found = [
         _outcome(
@@ -127,30 +128,23 @@ def _share(values: Iterable[bool]) -> float:
     return fmean(map(float, values))
 
 
-def _losses(repetitions: Mapping[int, Sequence[Record]]) -> dict[int, Number]:
-    """Return of each repetition the mean log perplexity of its texts."""
-    found: dict[int, Number] = {}
-    for repetition, records in sorted(repetitions.items()):
-        given = [it.perplexity for it in records if isinstance(it, TextRecord)]
-        if given:
-            logs = [math.log(it) for it in given if it]
-            found[repetition] = fmean(logs) if len(logs) == len(given) else None
-    return found
-
-
-def _add_damage(
-    measured: Mapping[str, Measures], losses: Mapping[str, Mapping[int, Number]], baseline: str | None
-) -> str:
+def _add_damage(measured: Mapping[str, Measures], perplexities: Sequence[str], baseline: str | None) -> str:
     """Add the damage of each variant to its measures, and return what it is, in words."""
-    base = _mean(losses[baseline].values()) if baseline else None
-    if any(losses.values()):
-        for name, of in losses.items():
-            if of:
-                measured[name][DAMAGE] = {it: None if loss is None else loss - (base or 0) for it, loss in of.items()}
-                if base is not None:
-                    # What exceeds every number of 64 bits is as bad as none.
-                    measured[name][TIMES] = {it: _power(value) for it, value in measured[name][DAMAGE].items()}
-        return "log perplexity above the baseline's, in nats a token" if base is not None else "log perplexity"
+    read = _best_read(measured, perplexities, baseline)
+    if read:
+        logs = {
+            name: {place: math.log(value) if value else None for place, value in of[read].items()}
+            for name, of in measured.items() if read in of
+        }  # fmt: skip
+        base = _mean(logs[baseline].values()) if baseline in logs else None
+        for name, of_each in logs.items():
+            damage = {place: None if value is None else value - (base or 0) for place, value in of_each.items()}
+            measured[name][DAMAGE] = damage
+            if base is not None:
+                # What exceeds every number of 64 bits is as bad as none.
+                measured[name][TIMES] = {place: _power(value) for place, value in damage.items()}
+        above = " above the baseline's, in nats a token" if base is not None else ""
+        return f"log {read}{above}"
     if any(DIVERGENCE in it for it in measured.values()):
         if baseline and DIVERGENCE not in measured[baseline]:
             # Nothing diverges from itself.
@@ -170,6 +164,15 @@ def _add_damage(
         if share:
             measured[name][DAMAGE] = {it: (1.0 if whole is None else whole) - value for it, value in share.items()}
     return "the share of right answers below the baseline's" if whole is not None else "the share of wrong answers"
+
+
+def _best_read(measured: Mapping[str, Measures], perplexities: Sequence[str], baseline: str | None) -> str | None:
+    """Return the perplexity that is lowest for the baseline, or for all variants where there is none."""
+    of_baseline = [it for it in perplexities if baseline and it in measured[baseline]]
+    asked = [measured[baseline]] if baseline and of_baseline else measured.values()
+    means = {name: _mean(value for it in asked for value in it.get(name, {}).values()) for name in perplexities}
+    known = {name: mean for name, mean in means.items() if mean is not None}
+    return min(known, key=lambda it: known[it]) if known else next(iter(perplexities), None)
 
 
 def _mean_of(several: Sequence[Mapping[int, Number]]) -> dict[int, float]:

@@ -31,7 +31,8 @@ def _sentences(it: StudyOutcomes) -> Iterator[str]:
     study, results = it.results.study, it.results
     yield f"{study.name}:"
     if study.about:
-        yield study.about.strip() + ("" if study.about.strip().endswith((".", "?", "!")) else ".")
+        about = study.about.strip()
+        yield about if about.endswith((".", "?", "!")) else f"{about}."
     times = f", each {study.repeats} times" if study.repeats > 1 else ""
     variants = _count(len(study.variants), "variant")
     yield f"{variants} of {study.source} {_were(len(study.variants))} asked the suite {study.suite}{times}."

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
-from tensorsurgeon.errors import OutOfMemoryError, SurgeonError, UsageError
+from tensorsurgeon.errors import DestinationError, OutOfMemoryError, SurgeonError, UsageError
 from tensorsurgeon.evaluate.asking import ask
 from tensorsurgeon.evaluate.choosing import make_engine
 from tensorsurgeon.evaluate.described import damage, layers_of
@@ -26,8 +28,11 @@ from tensorsurgeon.plan import make_plan
 from tensorsurgeon.progress import progress_bar
 from tensorsurgeon.registry import apply_steps
 from tensorsurgeon.running import run_under, running
+from tensorsurgeon.sizes import format_size
 
 Row = dict[str, Any]
+TOLD = 5
+"""Variants that are told one by one where they take too much disk."""
 PROVING = 4
 """Prompts that prove that a model whose weights were put into an engine answers as the same one written."""
 
@@ -110,9 +115,23 @@ def _row(sweep: Sweep, trial: Trial) -> Row:
     return {"variant": trial.variant, **trial.values, "layers": stack, "bytes": size, "records": asked}
 
 
-def run_sweep(
-    sweep: Sweep, ledger: Ledger, engine: Engine, scratch: Path | None = None, budget: int | None = None
-) -> list[str]:
+def check_room(rows: Iterable[Row], scratch: Path | None, budget: int | None) -> None:
+    """See that each variant, of which one is on disk at a time, fits into the scratch directory and the budget.
+
+    Raises:
+        DestinationError: with all that do not.
+    """
+    place = scratch or Path(tempfile.gettempdir())
+    existing = next(it for it in (place.absolute(), *place.absolute().parents) if it.exists())
+    free = shutil.disk_usage(existing).free
+    for what, room, way in (("--budget allows", budget, "--budget"), (f"free in {place} are", free, "--scratch")):
+        large = [f"{it['variant']} takes {format_size(it['bytes'])}" for it in rows if room and it["bytes"] > room]
+        if large:
+            listed = "; ".join(large[:TOLD]) + (f"; and {len(large) - TOLD} more" if len(large) > TOLD else "")
+            raise DestinationError(f"{what} {format_size(room or 0)}, and {listed}; give more with {way}.")
+
+
+def run_sweep(sweep: Sweep, ledger: Ledger, engine: Engine, scratch: Path | None = None) -> list[str]:
     """Make and ask all models of a study of which records are missing; return what a user should know of it."""
     study = sweep.study
     lengths = [sweep.form(trial).length for trial in study.trials]
@@ -120,7 +139,7 @@ def run_sweep(
     base: Distributions | None = None
     notes: list[str] = []
     with (
-        Installer(engine, max(lengths), scratch, budget) as installer,
+        Installer(engine, max(lengths), scratch) as installer,
         progress_bar(total, study.name, running().quiet, "record") as advance,
     ):
         advance(there)

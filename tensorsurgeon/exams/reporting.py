@@ -21,11 +21,12 @@ from tensorsurgeon.registry import Findings, exam
 def report(results: Directories, array: File | None = None) -> Findings:
     """Tell what a sweep found, from the directory that it left, or several sweeps together.
 
-    Variants are sorted by damage: how far the log perplexity of the texts lies above the baseline's (nats a token);
-    without texts, the divergence of the probes from the baseline's, or the share of right answers that was lost. Of
-    every measure the mean over repetitions is told, its standard deviation (n - 1), and their number. With `--html` a
-    page shows measures by level, the importance of layers, windows of layers, and answers side by side. A sweep may
-    still be at work; what is missing is said. Numbers that are none are a problem (exit status 3).
+    Variants are sorted by damage: how far the log perplexity of a text lies above the baseline's (nats a token), of
+    several texts the one that the baseline reads best; without texts, the divergence of the probes from the
+    baseline's, or the share of right answers that was lost. Of every measure the mean over repetitions is told, its
+    standard deviation (n - 1), and their number. With `--html` a page shows measures by level, the importance of
+    layers, windows of layers, and answers side by side. A sweep may still be at work; what is missing is said. Numbers
+    that are none are a problem (exit status 3).
 
     Args:
         array: A file that gets all records as one JSON array, with the fields of the degradation study in each.

@@ -40,7 +40,7 @@ def sweep(
     """
     from tensorsurgeon.evaluate.ledger import Ledger
     from tensorsurgeon.evaluate.study import load_study
-    from tensorsurgeon.evaluate.sweeping import engine_for, prepare, run_sweep
+    from tensorsurgeon.evaluate.sweeping import check_room, engine_for, prepare, run_sweep
 
     given = load_study(study, set_, results)
     for location in given.locations:
@@ -48,11 +48,13 @@ def sweep(
     sweep, rows = prepare(given)
     if dry_run:
         return Findings({"variants": rows})
+    place = Path(scratch) if scratch else None
+    check_room(rows, place, budget)
     ledger = Ledger(given.results, sweep.recorded(), force)
     try:
         engine = engine_for(given, running().threads)
         try:
-            notes = run_sweep(sweep, ledger, engine, Path(scratch) if scratch else None, budget)
+            notes = run_sweep(sweep, ledger, engine, place)
         finally:
             engine.close()
     finally:
