@@ -247,7 +247,7 @@ def test_a_sweep_shows_its_pictures_to_every_variant(place: Path, tmp_path: Path
     study = {
         "source": str(place / "model"),
         "variants": [{"level": [0.0, 0.5]}],
-        "steps": [{"perturb": {"method": "mult-gauss", "level": "{level}", "seed": 1}}],
+        "steps": [{"perturb": {"method": "mult-gauss", "level": "{level}", "group": "mlp", "seed": 1}}],
         "engine": "transformers",
         "suite": one(tmp_path / "suite"),
         "results": str(tmp_path / "results"),

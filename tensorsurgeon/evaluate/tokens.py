@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,20 @@ class Tokens:
             return self._templated([joined], options), "chat: no system prompt"
 
     def _templated(self, messages: list[dict[str, str]], options: Mapping[str, Any]) -> list[int]:
-        rendered = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, return_dict=False, **options
+        rendered = self._rendered(messages, options)
+        if messages[-1]["content"].strip() not in rendered:
+            # Templates of some models that take pictures know only a list of parts, and print nothing of a string.
+            parts = [{**it, "content": [{"type": "text", "text": it["content"]}]} for it in messages]
+            with suppress(Exception):  # a template refuses in whichever way it likes
+                rendered = self._rendered(parts, options)
+        return self.encode(rendered, special=False)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, return_dict=False, **options
+            )
         )
-        return self.encode(str(rendered), special=False)
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
