@@ -48,7 +48,7 @@ class Browser:
         return self.driver.execute_script(f"return {script}")
 
     def wait(self, holds: Callable[[], Any]) -> Any:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while not (found := holds()):
             assert time.monotonic() < end, f"nothing came of it; the console says {self.driver.get_log('browser')}"
             time.sleep(0.05)

@@ -95,12 +95,12 @@ def answer(directory: Path, requests: Sequence[Request], dtype: str = "float32")
     return answers([Job(directory, list(requests), dtype)])[0]
 
 
-def answers(jobs: Sequence[Job], timeout: float = 300) -> list[list[Answer]]:
+def answers(jobs: Sequence[Job], timeout: float = 1200) -> list[list[Answer]]:
     """Answers of several checkpoints, served one after the other by one process."""
     return [[Answer(**fields) for fields in job] for job in _done(jobs, timeout)]
 
 
-def adapter_answers(job: Job, timeout: float = 300) -> list[list[Answer] | str]:
+def adapter_answers(job: Job, timeout: float = 1200) -> list[list[Answer] | str]:
     """Answers of a checkpoint with each of the job's adapters, or what vLLM said where it refused one."""
     (done,) = _done([job], timeout)
     return [each if isinstance(each, str) else [Answer(**fields) for fields in each] for each in done]

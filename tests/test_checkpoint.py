@@ -443,7 +443,7 @@ def open_elsewhere(home: Path, *locations: str, **environment: str) -> list[dict
     run = subprocess.run(
         [sys.executable, "-c", OPEN, *locations],
         env={**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", **environment},
-        cwd=home, capture_output=True, text=True, timeout=60, check=False,
+        cwd=home, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]

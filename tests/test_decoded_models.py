@@ -62,7 +62,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Te
             logits = load(dest)[0](TOKENS).logits
         wanted.append(logits[:, :-1].log_softmax(-1).gather(2, TOKENS[:, 1:, None])[..., 0])
         jobs.append(Job(dest, [Request(row) for row in TOKENS.tolist()]))
-    found = (torch.tensor([it.prompt_logprobs for it in each]) for each in answers(jobs, timeout=900))
+    found = (torch.tensor([it.prompt_logprobs for it in each]) for each in answers(jobs, timeout=2400))
     return dict(zip([place.name for place in SERVED], zip(wanted, found, strict=True), strict=True))
 
 

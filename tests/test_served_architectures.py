@@ -35,7 +35,7 @@ class Served:
             dest = place / f"{name}-written"
             ts.write(ts.ops.select_layers(ts.open(source), SEQUENCE), dest, target="vllm")
             jobs.append(Job(dest, [Request(row) for row in TOKENS.tolist()]))
-        found = answers(jobs, timeout=900)
+        found = answers(jobs, timeout=2400)
         self.found = {
             name: torch.tensor([answer.prompt_logprobs for answer in each])
             for name, each in zip(SERVED, found, strict=True)
