@@ -179,9 +179,8 @@ def test_prompts_are_as_many_as_in_the_study_all_different_and_answered_by_chanc
     assert {group: sum(it.group == group for it in prompts) for group in groups} == groups
     assert len({it.text for it in prompts}) == len(prompts) == sum(groups.values())
     assert {it.temperature for it in prompts} == {1.0}
-    assert {Path(it.image).name if it.image else None for it in prompts} == {
-        "kitchen.png" if name == "picture" else None
-    }
+    pictures = {Path(it.image).name if it.image else None for it in prompts}
+    assert pictures == {"kitchen.png" if name == "picture" else None}
 
 
 def test_answers_to_sums_are_right() -> None:
