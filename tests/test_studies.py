@@ -168,6 +168,7 @@ def test_levels_are_those_of_the_degradation_study(name: str, place: Path) -> No
     ("name", "groups"),
     [
         ("dreams", {"dreams": 38}),
+        ("picture", {"picture": 20}),
         ("iq", {"maths": 15, "language": 13, "logic": 13, "facts": 13, "creativity": 11}),
     ],
 )
@@ -178,6 +179,8 @@ def test_prompts_are_as_many_as_in_the_study_all_different_and_answered_by_chanc
     assert {group: sum(it.group == group for it in prompts) for group in groups} == groups
     assert len({it.text for it in prompts}) == len(prompts) == sum(groups.values())
     assert {it.temperature for it in prompts} == {1.0}
+    pictures = {Path(it.image).name if it.image else None for it in prompts}
+    assert pictures == {"kitchen.png" if name == "picture" else None}
 
 
 def test_answers_to_sums_are_right() -> None:
