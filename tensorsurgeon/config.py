@@ -15,6 +15,8 @@ EXTRA_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Keys under which a config, at any level, says how the model is quantised."""
 
 SETTINGS_FILES = (
     "hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json",
@@ -45,9 +47,9 @@ def extra_layers(config: Config) -> int:
 def without_quantization(config: Config, dtype: str) -> Config:
     """Return a config that describes plain weights of `dtype` (a torch name such as `bfloat16`).
 
-    Removed at every level are `quantization_config`, `compression_config`, `quantization` and `expert_dtype`.
+    Removed at every level are the `QUANTIZATION_KEYS` and `expert_dtype`.
     """
-    removed = ("quantization_config", "compression_config", "quantization", "expert_dtype")
+    removed = (*QUANTIZATION_KEYS, "expert_dtype")
 
     def plain(part: Config) -> Config:
         return {
@@ -66,15 +68,6 @@ def with_dtype(config: Config, dtype: str) -> Config:
     if any(_dtype_keys(part) for part in config_parts(config, path)):
         return edited
     return {**edited, "torch_dtype": dtype}
-
-
-def quantization_config(config: Config) -> Config:
-    """Return the quantisation settings of a config, wherever they hide; empty where there are none."""
-    for part in reversed(list(config_parts(config, text_config_path(config)))):
-        for key in ("quantization_config", "compression_config", "quantization"):
-            if isinstance(part.get(key), Mapping) and part[key]:
-                return part[key]  # type: ignore[no-any-return]
-    return {}
 
 
 def config_parts(config: Config, path: Sequence[str]) -> Iterator[Config]:

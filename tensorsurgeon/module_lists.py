@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import SETTINGS_FILES, Config
+from tensorsurgeon.config import QUANTIZATION_KEYS, SETTINGS_FILES, Config
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.renaming import (
     READINGS,
@@ -21,8 +21,6 @@ from tensorsurgeon.renaming import (
     refusal,
     renamed,
 )
-
-SETTINGS = ("quantization_config", "compression_config", "quantization")
 
 NAMING = (
     "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save", "target_parameters",
@@ -46,7 +44,7 @@ def renamed_settings(config: Config, parts: Sequence[tuple[Config, Renaming]]) -
     """
     return {
         key: _walked([part.get(key) for part, _ in parts], [it for _, it in parts], key)
-        if key in SETTINGS and isinstance(value, Mapping)
+        if key in QUANTIZATION_KEYS and isinstance(value, Mapping)
         else renamed_settings(value, [(_mapping(part.get(key)), it) for part, it in parts])
         if key.endswith("_config") and isinstance(value, Mapping)
         else value

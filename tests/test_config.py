@@ -10,13 +10,14 @@ import pytest
 
 from tensorsurgeon.arrangement import Arrangement, Origin, layer_shapes
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import quantization_config, with_dtype, without_quantization
+from tensorsurgeon.config import with_dtype, without_quantization
 from tensorsurgeon.document import Document
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.families import REFUSED
 from tensorsurgeon.format import Span
 from tensorsurgeon.known_fields import FIELDS as KNOWN
 from tensorsurgeon.names import LayerStack
+from tensorsurgeon.quantized.settings import find_settings
 from tensorsurgeon.sequence import config_under_sequence
 from tensorsurgeon.tensor import LazyTensor
 
@@ -665,17 +666,21 @@ def test_a_dtype_is_stated_where_the_config_states_one(config: dict[str, Any], e
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "quantization"])
 def test_quantisation_settings_are_found_at_any_level(key: str) -> None:
-    assert quantization_config({key: FP8}) == FP8
-    assert quantization_config({"text_config": {key: FP8}}) == FP8
-    assert quantization_config({key: {"quant_method": "outer"}, "text_config": {key: FP8}}) == FP8
-    assert quantization_config({key: FP8, "text_config": {key: {}}}) == FP8
+    def said(config: dict[str, Any]) -> Mapping[str, Any]:
+        return find_settings(checkpoint(config)).values
+
+    assert said({key: FP8}) == FP8
+    assert said({"text_config": {key: FP8}}) == FP8
+    assert said({key: FP8, "text_config": {key: {}}}) == FP8
+    assert said({key: FP8, "text_config": {key: {"quant_method": "inner"}}}) == FP8
+    assert said({key: {}, "text_config": {key: FP8}}) == FP8
 
 
 @pytest.mark.parametrize(
     "config", [{}, {"quantization_config": None}, {"quantization_config": "fp8"}, {"text_config": {}}]
 )
 def test_a_plain_config_has_no_quantisation_settings(config: dict[str, Any]) -> None:
-    assert quantization_config(config) == {}
+    assert find_settings(checkpoint(config)).values == {}
 
 
 def test_the_source_s_config_is_never_changed() -> None:

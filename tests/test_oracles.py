@@ -17,10 +17,9 @@ from safetensors import safe_open
 import make
 import tensorsurgeon as ts
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import SETTINGS_FILES
+from tensorsurgeon.config import QUANTIZATION_KEYS, SETTINGS_FILES
 from tensorsurgeon.names import companions
 from tensorsurgeon.quantized import find_modules, residue
-from tensorsurgeon.quantized.settings import KEYS
 
 MADE = sorted(path.parent for path in Path(__file__).parent.glob("oracles/made/*/made.json"))
 NUMPY = {"F32": np.float32, "F16": np.float16}
@@ -90,7 +89,7 @@ def test_nothing_quantised_remains_and_all_else_keeps_its_bits(place: Path, tmp_
     assert set(written) == passed | set(found.modules)
     for name in passed:
         assert bytes(written[name].read().data) == bytes(ckpt[name].read().data), name
-    assert not any(key in json.dumps(written.config.value) for key in KEYS)
+    assert not any(key in json.dumps(written.config.value) for key in QUANTIZATION_KEYS)
     assert not set(SETTINGS_FILES) & {path.name for path in (tmp_path / "dest").iterdir()}
     for shard in (tmp_path / "dest").glob("*.safetensors"):
         with safe_open(shard, "pt") as file:

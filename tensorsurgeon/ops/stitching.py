@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 from tensorsurgeon.arrangement import Arrangement, Origin
 from tensorsurgeon.checkpoint import Checkpoint, all_sources
-from tensorsurgeon.config import COUNT_KEYS, EXTRA_KEYS, Config, config_parts, edit_parts
+from tensorsurgeon.config import COUNT_KEYS, EXTRA_KEYS, QUANTIZATION_KEYS, Config, config_parts, edit_parts
 from tensorsurgeon.errors import RefusedError, UsageError, nearest, raise_all
 from tensorsurgeon.families import FAMILIES
 from tensorsurgeon.fields import lookup
 from tensorsurgeon.known_fields import FIELDS
-from tensorsurgeon.module_lists import SETTINGS
 from tensorsurgeon.names import layer_name, matching
 from tensorsurgeon.ops.arranging import arranged
 from tensorsurgeon.ops.untying import TIE, head_name, untied
@@ -28,7 +27,7 @@ DO_NOT_MATTER = (
     "pad_token_id", "max_position_embeddings", "initializer_range", "tie_word_embeddings", "pretraining_tp",
     "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "output_router_logits",
     "router_aux_loss_coef", "auto_map", "id2label", "label2id", "task_specific_params", "unsloth_version",
-    "unsloth_fixed", "finetuning_task", *SETTINGS,
+    "unsloth_fixed", "finetuning_task", *QUANTIZATION_KEYS,
 )  # fmt: skip
 """Settings of a config that may differ between models whose layers fit together; the base's are kept."""
 
@@ -130,7 +129,7 @@ def _per_layer(ckpt: Checkpoint) -> set[str]:
 
 def _quantization(*configs: Config) -> Any:
     """Return the quantisation settings but for what names layers."""
-    found = [config[key] for config in configs for key in SETTINGS if config.get(key)]
+    found = [config[key] for config in configs for key in QUANTIZATION_KEYS if config.get(key)]
     return json.loads(json.dumps(found[:1]), object_hook=_without_layers) if found else None
 
 

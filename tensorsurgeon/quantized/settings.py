@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.config import SETTINGS_FILES
+from tensorsurgeon.config import QUANTIZATION_KEYS, SETTINGS_FILES
 from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import load_json
 from tensorsurgeon.quantized.parts import Settings
 from tensorsurgeon.source import CONFIG, SideFile
 
-KEYS = ("quantization_config", "compression_config", "quantization")
 FILES = {
     "hf_quant_config.json": "modelopt",
     "quantize_config.json": "gptq",
@@ -48,14 +47,14 @@ def _said(ckpt: Checkpoint) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _in_config(part: Mapping[str, Any], where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    for key in KEYS:
+    for key in QUANTIZATION_KEYS:
         values = part.get(key)
         if isinstance(values, Mapping) and values:
             # MLX names no method; its settings lie under 'quantization', and often once more under the usual key.
             mlx = "quant_method" not in values and {"bits", "group_size"} <= values.keys()
             yield ({"quant_method": "mlx", **values} if mlx else values), where
     for key, nested in part.items():
-        if key.endswith("_config") and key not in KEYS and isinstance(nested, Mapping):
+        if key.endswith("_config") and key not in QUANTIZATION_KEYS and isinstance(nested, Mapping):
             yield from _in_config(nested, f"{where}: {key}")
 
 
