@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.format import load_json
 from tensorsurgeon.quantized.decoding import lazily
-from tensorsurgeon.quantized.parts import PLAIN, WEIGHT, Format, Parts, Plain, Settings, file_of
+from tensorsurgeon.quantized.parts import PLAIN, WEIGHT, Format, Parts, Plain, Settings
 from tensorsurgeon.shaping import folded, viewed
 from tensorsurgeon.tensor import Block, Input, LazyTensor
 
@@ -96,7 +96,7 @@ def _four_bits(parts: Parts, settings: Settings) -> Plain:
     nested: tuple[LazyTensor, ...] = ()
     if absmax.dtype == "U8":
         if not state.nested_size:
-            raise RefusedError(f"{parts.module}{way}absmax{file_of(absmax)}: is U8, but no nested_blocksize is given.")
+            raise RefusedError(f"{parts.place(f'{way}absmax')}: is U8, but no nested_blocksize is given.")
         groups = -(-blocks // state.nested_size)
         nested = (
             parts.expect(f"{way}nested_absmax", ("F32",), (groups,)),
@@ -152,7 +152,7 @@ def _require_codes(parts: Parts, needed: int, shape: tuple[int, ...]) -> LazyTen
     weight = parts.expect(WEIGHT, ("U8", *PLAIN))
     if weight.nbytes != needed:
         raise RefusedError(
-            f"{parts.module}{WEIGHT}{file_of(weight)}: holds {weight.nbytes} bytes, but {list(shape)} in 4 bits are "
+            f"{parts.place(WEIGHT)}: holds {weight.nbytes} bytes, but {list(shape)} in 4 bits are "
             f"{needed}; the file is cut short, or its shape is wrong."
         )
     return weight
@@ -161,7 +161,7 @@ def _require_codes(parts: Parts, needed: int, shape: tuple[int, ...]) -> LazyTen
 def _read_state(parts: Parts, part: str) -> State:
     """Read what no header says: the shape of the weight and the size of its blocks."""
     tensor = parts.expect(part, ("U8",))
-    where = f"{parts.module}{part}{file_of(tensor)}"
+    where = parts.place(part)
     try:
         values = load_json(bytes(tensor.read().data).decode())
     except ValueError as problem:
@@ -187,15 +187,13 @@ def _as_state(values: dict[str, Any]) -> State | None:
 def _eight_bits(parts: Parts, settings: Settings) -> Plain:
     weight = parts.expect(WEIGHT, ("I8",))
     if len(weight.shape) != 2:
-        raise RefusedError(f"{parts.module}{WEIGHT}{file_of(weight)}: has shape {list(weight.shape)}, not two.")
+        raise RefusedError(f"{parts.place(WEIGHT)}: has shape {list(weight.shape)}, not two.")
     part = next((it for it in SCALES if it in parts), SCALES[0])
     scale = parts.expect(part, ("F32",), weight.shape[:1])
     if FORMAT_PART in parts:
         layout = parts.expect(FORMAT_PART, ("U8",))
         if any(layout.read().data):
-            raise RefusedError(
-                f"{parts.module}{FORMAT_PART}{file_of(layout)}: is not 0, rows; other layouts are those of a GPU."
-            )
+            raise RefusedError(f"{parts.place(FORMAT_PART)}: is not 0, rows; other layouts are those of a GPU.")
     turned = _is_conv1d(parts, settings)
 
     def decode(dtype: str) -> LazyTensor:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.quantized.decoding import Codes, Scales, each_matrix, lazily, scaled
-from tensorsurgeon.quantized.parts import SCALES, WEIGHT, Format, Parts, Plain, Settings, file_of
+from tensorsurgeon.quantized.parts import SCALES, WEIGHT, Format, Parts, Plain, Settings
 from tensorsurgeon.shaping import viewed
 from tensorsurgeon.tensor import Block, Input, LazyTensor
 
@@ -59,7 +59,7 @@ def read(parts: Parts, settings: Settings) -> Plain:
     weight = parts.expect(WEIGHT, ("U32",))
     scale = parts.expect(SCALE, (*SCALES, "U8"))
     if len(weight.shape) not in (2, 3):
-        raise RefusedError(f"{parts.module}{WEIGHT}{file_of(weight)}: has shape {list(weight.shape)}; see MLX.")
+        raise RefusedError(f"{parts.place(WEIGHT)}: has shape {list(weight.shape)}; see MLX.")
     mode = _mode(parts, settings)
     shape = (*weight.shape[:-1], weight.shape[-1] * 32 // mode.bits)
     grid = (*shape[:-1], shape[-1] // mode.group)
@@ -97,7 +97,7 @@ def _mode(parts: Parts, settings: Settings) -> Mode:
         said = next((mode for mode in FLOATS if mode.bits * mode.group == product), said)
     if said.bits * said.group != product:
         raise RefusedError(
-            f"{parts.module}{SCALE}{file_of(parts[SCALE])}: has shape {list(parts[SCALE].shape)} beside a weight of "
+            f"{parts.place(SCALE)}: has shape {list(parts[SCALE].shape)} beside a weight of "
             f"{list(parts[WEIGHT].shape)}; {said.bits} bits in groups of {said.group}, as {settings.where} says, do "
             "not fit that."
         )

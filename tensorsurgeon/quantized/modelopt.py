@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.quantized.decoding import BlockSize, Codes, Scales, each_matrix, grid_shape, lazily, scaled
-from tensorsurgeon.quantized.parts import SCALES, WEIGHT, Format, Parts, Plain, Settings, file_of
+from tensorsurgeon.quantized.parts import SCALES, WEIGHT, Format, Parts, Plain, Settings
 from tensorsurgeon.tensor import Block, Input, LazyTensor
 
 METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8")
@@ -81,12 +81,12 @@ def read(parts: Parts, settings: Settings) -> Plain:
     weight = parts.expect(code, tuple(dict.fromkeys(kind.weight for kind in KINDS)))
     scale = parts.expect(scale_part, (*SCALES, *EXPONENTS, "F8_E4M3"))
     if len(weight.shape) not in (2, 3):
-        raise RefusedError(f"{parts.module}{code}{file_of(weight)}: has shape {list(weight.shape)}; not a matrix.")
+        raise RefusedError(f"{parts.place(code)}: has shape {list(weight.shape)}; not a matrix.")
     kind = _kind(parts, code, scale_part, settings)
     layout = _layout(kind, weight, scale)
     if layout is None:
         raise RefusedError(
-            f"{parts.module}{scale_part}{file_of(scale)}: has shape {list(scale.shape)}, which no {kind.name} has "
+            f"{parts.place(scale_part)}: has shape {list(scale.shape)}, which no {kind.name} has "
             f"beside codes of {list(weight.shape)}; the file is wrong."
         )
     used, outer = [code, scale_part], _outer(parts, f"{scale_part}_2", kind, layout.shape[:-2])
@@ -125,8 +125,7 @@ def _kind(parts: Parts, code: str, scale_part: str, settings: Settings) -> Kind:
     kind = next((it for it in KINDS if it.weight == found[0] and found[1] in it.scales), None)
     if kind is None:
         raise RefusedError(
-            f"{parts.module}{scale_part}{file_of(parts[scale_part])}: is {found[1]} beside codes in {found[0]}; "
-            "ModelOpt has no such layout."
+            f"{parts.place(scale_part)}: is {found[1]} beside codes in {found[0]}; ModelOpt has no such layout."
         )
     layers = settings.values.get("quantized_layers")
     own = layers.get(parts.module) if isinstance(layers, Mapping) else None
@@ -134,7 +133,7 @@ def _kind(parts: Parts, code: str, scale_part: str, settings: Settings) -> Kind:
     others = [it.name for it in KINDS if it.algo.match(algo)]
     if others and kind.name not in others:
         raise RefusedError(
-            f"{settings.where}: 'quant_algo' of {parts.module} is {algo}, but its tensors{file_of(parts[code])} are "
+            f"{settings.where}: 'quant_algo' of {parts.module} is {algo}, but its tensors{parts.file(code)} are "
             f"{kind.name}: {found[0]} and scales in {found[1]}."
         )
     return kind
@@ -179,7 +178,7 @@ def _outer(parts: Parts, part: str, kind: Kind, lead: tuple[int, ...]) -> LazyTe
         return None
     outer = parts.expect(part, ("F32",))
     if outer.shape not in ((), (1,), lead, (*lead, 1, 1)):
-        raise RefusedError(f"{parts.module}{part}{file_of(outer)}: has shape {list(outer.shape)}, not [].")
+        raise RefusedError(f"{parts.place(part)}: has shape {list(outer.shape)}, not [].")
     return outer
 
 

@@ -82,8 +82,12 @@ class Parts:
 
     def place(self, part: str) -> str:
         """Return the name of a part that is there, with its file, as messages give it."""
-        tensor = self.tensors[part]
-        return f"{self.module}{part}" + (f" in {tensor.span.path.name}" if tensor.span else "")
+        return f"{self.module}{part}{self.file(part)}"
+
+    def file(self, part: str) -> str:
+        """Return in words the file of a part that is there, or nothing where it lies in none."""
+        span = self.tensors[part].span
+        return f" in {span.path.name}" if span else ""
 
     def expect(self, part: str, dtypes: Sequence[str], shape: tuple[int, ...] | None = None) -> LazyTensor:
         """Return a part that has one of `dtypes` and, where it is given, a shape.
@@ -190,8 +194,3 @@ def coded(parts: Parts) -> bool:
 def leftover(parts: Parts, used: Iterable[str]) -> list[str]:
     """Return the parts that no decoding used and that mean something."""
     return [part for part in parts.tensors if part not in used and part not in IDLE]
-
-
-def file_of(tensor: LazyTensor) -> str:
-    """Return in words the file that a tensor lies in."""
-    return f" in {tensor.span.path.name}" if tensor.span else ""

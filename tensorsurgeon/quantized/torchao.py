@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.format import load_json
 from tensorsurgeon.quantized.decoding import BlockSize, Codes, Scales, grid_shape, lazily, scaled
-from tensorsurgeon.quantized.parts import SCALES, Format, Parts, Plain, Settings, file_of
+from tensorsurgeon.quantized.parts import SCALES, Format, Parts, Plain, Settings
 from tensorsurgeon.shaping import flattened, folded, viewed
 from tensorsurgeon.tensor import Block, Input, LazyTensor
 
@@ -77,7 +77,7 @@ def read(parts: Parts, settings: Settings) -> Plain:
     kind = _kind(parts, settings)
     qdata = parts.expect(QDATA, (kind.stored,))
     if len(qdata.shape) not in (2, 3):
-        raise RefusedError(f"{parts.module}{QDATA}{file_of(qdata)}: has shape {list(qdata.shape)}; not a matrix.")
+        raise RefusedError(f"{parts.place(QDATA)}: has shape {list(qdata.shape)}; not a matrix.")
     shape = (*qdata.shape[:-1], qdata.shape[-1] * 8 // kind.bits)
     matrix = (prod(shape[:-1]), shape[-1])
     block, rows_of_scales = _block(parts, kind, shape)
@@ -158,9 +158,7 @@ def _block(parts: Parts, kind: Kind, shape: tuple[int, ...]) -> tuple[BlockSize,
     if kind.name in GROUPED and block is not None:
         block = (*(1,) * (len(shape) - 1), *block)
         if shape[-1] % block[-1]:
-            raise RefusedError(
-                f"{parts.module}{QDATA}{file_of(parts[QDATA])}: is {list(shape)}, no whole {block[-1]}s."
-            )
+            raise RefusedError(f"{parts.place(QDATA)}: is {list(shape)}, no whole {block[-1]}s.")
     if block is None and len(scale) == len(shape) and all(scale):
         # Without a size of blocks torchao spreads the scales evenly.
         even = all(size % each == 0 for size, each in zip(shape, scale, strict=True))
@@ -187,7 +185,7 @@ def _require_count(parts: Parts, part: str, count: int) -> None:
     tensor = parts[part]
     if prod(tensor.shape) != count:
         raise RefusedError(
-            f"{parts.module}{part}{file_of(tensor)}: has shape {list(tensor.shape)}, but {count} numbers are needed; "
+            f"{parts.place(part)}: has shape {list(tensor.shape)}, but {count} numbers are needed; "
             "the block size or the file is wrong."
         )
 
