@@ -23,7 +23,7 @@ def as_array(block: Block) -> Array:
 
 
 def as_float32(block: Block) -> npt.NDArray[np.float32]:
-    """Return the block's numbers widened to float32, exactly: F32, F16 and BF16 all fit.
+    """Return the block's numbers widened to float32, exactly: F32, F16, BF16 and integers up to 2^24 all fit.
 
     BF16 is the upper half of a float32: `float32 = bits << 16`.
     """

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from tensorsurgeon.errors import RefusedError
-from tensorsurgeon.kernels.arrays import STORAGE, Array, as_array, as_float32, from_float32
+from tensorsurgeon.kernels.arrays import STORAGE, Array, as_array, from_float32
 from tensorsurgeon.kernels.codes import UNSIGNED, Table
 from tensorsurgeon.kernels.compiling import compiled
 from tensorsurgeon.tensor import Block
@@ -43,11 +43,6 @@ class Scaling(NamedTuple):
     places: npt.NDArray[np.int32] = NO_PLACES
     start: int = 0
     divide: bool = False
-
-
-def integers(block: Block) -> Numbers:
-    """Return zero points that lie as whole numbers, or as numbers, in float32."""
-    return as_float32(block)
 
 
 def group_places(block: Block, groups: int, name: str) -> npt.NDArray[np.int32]:

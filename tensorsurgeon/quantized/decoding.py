@@ -82,8 +82,8 @@ def scaled(codes: Codes, scales: Scales, label: str, dtype: str) -> LazyTensor:
 
     def decode(start: int, packed: Block, block: Block, *others: Block) -> Block:
         from tensorsurgeon.kernels import codes as tables
-        from tensorsurgeon.kernels.arrays import as_bytes
-        from tensorsurgeon.kernels.scaling import Scaling, integers
+        from tensorsurgeon.kernels.arrays import as_bytes, as_float32
+        from tensorsurgeon.kernels.scaling import Scaling
         from tensorsurgeon.kernels.unpacking import unpack_rows
 
         more = list(others)
@@ -91,7 +91,7 @@ def scaled(codes: Codes, scales: Scales, label: str, dtype: str) -> LazyTensor:
         numbers = tables.scale_numbers(block)
         grouping = Scaling(numbers.reshape(-1, columns), *scales.block, divide=scales.divides)
         if zeros:
-            grouping = grouping._replace(zeros=integers(more.pop(0)).reshape(-1, columns))
+            grouping = grouping._replace(zeros=as_float32(more.pop(0)).reshape(-1, columns))
         if biases:
             grouping = grouping._replace(biases=tables.scale_numbers(more.pop(0)).reshape(-1, columns))
         if scales.outer:
