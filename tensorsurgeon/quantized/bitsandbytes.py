@@ -143,7 +143,8 @@ def _decoded(
         Input(absmax, 0 if whole else grain, each[1]),
         *(Input(it, 0) for it in (table, *nested)),
     )
-    label = f"{state.kind}, {state}"
+    # The JSON that says these is no input.
+    label = f"bitsandbytes {state}"
     matrix = lazily(decode, *inputs, dtype=dtype, shape=(rows, columns), label=label, grain=grain)
     return matrix if len(state.shape) == 2 else folded(matrix, state.shape)
 
@@ -204,8 +205,9 @@ def _eight_bits(parts: Parts, settings: Settings) -> Plain:
 
             return decode_rows(as_bytes(codes), scale_numbers(scales), part == SCALES[0], dtype)
 
+        label = f"bitsandbytes int8, rows by {part}"
         inputs = (Input(weight), Input(scale))
-        return _turned(lazily(rows, *inputs, dtype=dtype, shape=weight.shape, label=f"int8 by {part}"), turned)
+        return _turned(lazily(rows, *inputs, dtype=dtype, shape=weight.shape, label=label), turned)
 
     shape = weight.shape[::-1] if turned else weight.shape
     used = tuple(it for it in (WEIGHT, part, FORMAT_PART) if it in parts)

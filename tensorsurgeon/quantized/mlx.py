@@ -67,17 +67,17 @@ def read(parts: Parts, settings: Settings) -> Plain:
     bias = parts.expect(BIAS, SCALES, grid) if mode.name == "affine" else None
     outer = parts.expect(GLOBAL, SCALES, shape[:-2]) if mode.name == "nvfp4" and GLOBAL in parts else None
     stored = viewed(scale, "F8_E4M3", grid) if mode.name == "nvfp4" else scale
+    label = f"MLX {mode.name}, {mode.bits} bits, groups of {mode.group}"
 
     def decode(dtype: str) -> LazyTensor:
         def matrix(codes: LazyTensor, scales: LazyTensor, biases: LazyTensor | None, top: LazyTensor | None) -> Any:
             kind = Codes(codes, mode.bits, mode.kind, (shape[-2], shape[-1]))
             outer = _reached(top) if top else None
-            return scaled(kind, Scales(scales, (1, mode.group), biases=biases, outer=outer), "MLX", dtype)
+            return scaled(kind, Scales(scales, (1, mode.group), biases=biases, outer=outer), label, dtype)
 
         every = (weight, stored, bias, outer)
         return matrix(*every) if len(shape) == 2 else each_matrix(matrix, *every)
 
-    label = f"MLX {mode.name}, {mode.bits} bits, groups of {mode.group}"
     used = (WEIGHT, SCALE, *([BIAS] if bias else ()), *([GLOBAL] if outer else ()))
     return Plain(f"{parts.module}{WEIGHT}", label, shape, used, decode)
 

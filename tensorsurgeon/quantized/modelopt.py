@@ -93,6 +93,7 @@ def read(parts: Parts, settings: Settings) -> Plain:
     used += [f"{scale_part}_2"] if f"{scale_part}_2" in parts else []
     factors = _factors(parts, layout.shape)
     used += [FACTORS] if factors else []
+    label = f"ModelOpt {kind.name}, blocks of {layout.block[0]}x{layout.block[1]}{', input scaled' * bool(factors)}"
 
     def decode(dtype: str) -> LazyTensor:
         def matrix(codes: LazyTensor, scales: LazyTensor, outer: LazyTensor | None) -> LazyTensor:
@@ -100,7 +101,7 @@ def read(parts: Parts, settings: Settings) -> Plain:
             rows = Codes(codes, kind.bits, kind.codes, shape)
             if layout.pairs:
                 rows = Codes(row_pairs(codes), 8, kind.codes, shape)
-            return scaled(rows, Scales(scales, layout.block, outer=outer, factors=factors), "ModelOpt", dtype)
+            return scaled(rows, Scales(scales, layout.block, outer=outer, factors=factors), label, dtype)
 
         if len(layout.shape) == 2:
             return matrix(weight, scale, outer)
@@ -112,7 +113,6 @@ def read(parts: Parts, settings: Settings) -> Plain:
             weight, None if one else scale, top,
         )  # fmt: skip
 
-    label = f"ModelOpt {kind.name}, blocks of {layout.block[0]}x{layout.block[1]}{', input scaled' * bool(factors)}"
     return Plain(f"{parts.module}{code}", label, layout.shape, tuple(used), decode)
 
 

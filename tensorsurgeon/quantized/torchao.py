@@ -91,15 +91,15 @@ def read(parts: Parts, settings: Settings) -> Plain:
     zeros = _optional(parts, ZERO, ZEROS, prod(scale.shape)) if kind.stored == "I8" else None
     outer = _optional(parts, OUTER, ("F32",), 1) if kind.name == "NVFP4Tensor" else None
     factors = _optional(parts, FACTORS, SCALES, shape[-1])
+    label = f"torchao {kind.name}, {kind.codes}, blocks of {'x'.join(map(str, block))}{', swizzled' * kind.swizzled}"
 
     def decode(dtype: str) -> LazyTensor:
         grid = unswizzled(scale, grid_shape(matrix, block)) if kind.swizzled else flattened(scale)
         codes = Codes(flattened(qdata), kind.bits, kind.codes, matrix)
         each = Scales(grid, block, flattened(zeros) if zeros else None, outer, factors=factors)
-        decoded = scaled(codes, each, f"torchao {kind.name}", dtype)
+        decoded = scaled(codes, each, label, dtype)
         return decoded if len(shape) == 2 else folded(decoded, shape)
 
-    label = f"torchao {kind.name}, {kind.codes}, blocks of {'x'.join(map(str, block))}{', swizzled' * kind.swizzled}"
     used = [it for it in (QDATA, SCALE, *IDLE) if it in parts]
     used += [part for part, held in ((ZERO, zeros), (OUTER, outer), (FACTORS, factors)) if held]
     return Plain(f"{parts.module}.weight", label, shape, tuple(used), decode)
