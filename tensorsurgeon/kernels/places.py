@@ -9,7 +9,7 @@ import numpy as np
 from tensorsurgeon.kernels.arrays import Array
 from tensorsurgeon.kernels.compiling import compiled
 from tensorsurgeon.kernels.draws import CHUNK, as_normals, fill_draws, mix
-from tensorsurgeon.kernels.slabs import load, lost, store
+from tensorsurgeon.kernels.slabs import load, lost, rank_of, store
 
 
 @compiled
@@ -23,22 +23,21 @@ def add_noise(
     bits = numbers.view(np.uint32)
     gone = 0
     for run in range(begins.size):
-        for begin in range(begins[run], ends[run], CHUNK):
-            count = min(CHUNK, ends[run] - begin)
-            odd = (place + begin) % 2
-            fill_draws(key, place + begin - odd, count + odd, draws)
-            as_normals(draws, count + odd, normals, table)
-            noise = normals[odd:]
-            before, after = source[begin : begin + count], target[begin : begin + count]
-            load(before, taken, bits)
-            if add:
-                for i in range(count):
-                    numbers[i] = numbers[i] + scale * noise[i]
-            else:
-                for i in range(count):
-                    numbers[i] = numbers[i] * (np.float32(1) + scale * noise[i])
-            if store(bits, given, after):
-                gone += lost(before, taken, after, given, bits)
+        begin, count = begins[run], ends[run] - begins[run]
+        odd = (place + begin) % 2
+        fill_draws(key, place + begin - odd, count + odd, draws)
+        as_normals(draws, count + odd, normals, table)
+        noise = normals[odd:]
+        before, after = source[begin : begin + count], target[begin : begin + count]
+        load(before, taken, bits)
+        if add:
+            for i in range(count):
+                numbers[i] = numbers[i] + scale * noise[i]
+        else:
+            for i in range(count):
+                numbers[i] = numbers[i] * (np.float32(1) + scale * noise[i])
+        if store(bits, given, after):
+            gone += lost(before, taken, after, given, bits)
     return gone
 
 
@@ -52,18 +51,17 @@ def to_grid(
     bits = numbers.view(np.uint32)
     gone = 0
     for run in range(begins.size):
-        for begin in range(begins[run], ends[run], CHUNK):
-            count = min(CHUNK, ends[run] - begin)
-            before, after = source[begin : begin + count], target[begin : begin + count]
-            load(before, taken, bits)
-            at = rows[run] if by == 1 else columns[run] + begin - begins[run] if by == 2 else 0
-            along = 1 if by == 2 else 0
-            for i in range(count):
-                low, step = least[at + along * i], steps[at + along * i]
-                if step > np.float32(0):
-                    numbers[i] = np.rint((numbers[i] - low) / step) * step + low
-            if store(bits, given, after):
-                gone += lost(before, taken, after, given, bits)
+        begin, count = begins[run], ends[run] - begins[run]
+        before, after = source[begin : begin + count], target[begin : begin + count]
+        load(before, taken, bits)
+        at = rows[run] if by == 1 else columns[run] if by == 2 else 0
+        along = 1 if by == 2 else 0
+        for i in range(count):
+            low, step = least[at + along * i], steps[at + along * i]
+            if step > np.float32(0):
+                numbers[i] = np.rint((numbers[i] - low) / step) * step + low
+        if store(bits, given, after):
+            gone += lost(before, taken, after, given, bits)
     return gone
 
 
@@ -72,13 +70,12 @@ def thin(target: Array, begins: Array, ends: Array, place: int, key: Any, limit:
     """Set each element to zero whose draw is below a limit."""
     draws = np.empty(CHUNK + 2, np.uint32)
     for run in range(begins.size):
-        for begin in range(begins[run], ends[run], CHUNK):
-            count = min(CHUNK, ends[run] - begin)
-            odd = (place + begin) % 2
-            fill_draws(key, place + begin - odd, count + odd, draws)
-            drawn, after = draws[odd:], target[begin : begin + count]
-            for i in range(count):
-                after[i] = 0 if np.uint64(drawn[i]) < limit else after[i]
+        begin, count = begins[run], ends[run] - begins[run]
+        odd = (place + begin) % 2
+        fill_draws(key, place + begin - odd, count + odd, draws)
+        drawn, after = draws[odd:], target[begin : begin + count]
+        for i in range(count):
+            after[i] = 0 if np.uint64(drawn[i]) < limit else after[i]
 
 
 @compiled
@@ -89,8 +86,7 @@ def prune(
     """Set each element to zero whose rank + 1 is below `order`, or equal to it with drawn bits up to `chance`."""
     for run in range(begins.size):
         for i in range(begins[run], ends[run]):
-            magnitude = (np.uint32(source[i]) << np.uint32(taken)) & np.uint32(0x7FFFFFFF)
-            rank = np.uint64(magnitude ^ flip) + np.uint64(1)
+            rank = rank_of(source, taken, flip, i) + np.uint64(1)
             if rank < order or (rank == order and mix(key, place + i) <= chance):
                 target[i] = 0
 

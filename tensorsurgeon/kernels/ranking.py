@@ -15,8 +15,8 @@ from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.fused import Part
 from tensorsurgeon.kernels.arrays import Array, as_array
 from tensorsurgeon.kernels.compiling import compiled
-from tensorsurgeon.kernels.draws import CHUNK, inlined, key_of, mix
-from tensorsurgeon.kernels.slabs import INFINITY, Slab, as_bits, load, slabs
+from tensorsurgeon.kernels.draws import CHUNK, key_of, mix
+from tensorsurgeon.kernels.slabs import INFINITY, Slab, as_bits, load, rank_of, slabs
 from tensorsurgeon.tensor import Block, Pieces
 
 LANES = 8
@@ -148,18 +148,17 @@ def _moments(source: Array, taken: int, begins: Array, ends: Array) -> tuple[int
     for turn in range(2):
         sums[:] = 0.0
         for run in range(begins.size):
-            for begin in range(begins[run], ends[run], CHUNK):
-                size = min(CHUNK, ends[run] - begin)
-                load(source[begin : begin + size], taken, bits)
-                if turn == 0:
-                    count += size
-                for i in range(0, size - size % LANES, LANES):
-                    for lane in range(LANES):
-                        distance = np.float64(numbers[i + lane]) - mean
-                        sums[lane] += distance * distance if turn else distance
-                for i in range(size - size % LANES, size):
-                    distance = np.float64(numbers[i]) - mean
-                    sums[0] += distance * distance if turn else distance
+            begin, size = begins[run], ends[run] - begins[run]
+            load(source[begin : begin + size], taken, bits)
+            if turn == 0:
+                count += size
+            for i in range(0, size - size % LANES, LANES):
+                for lane in range(LANES):
+                    distance = np.float64(numbers[i + lane]) - mean
+                    sums[lane] += distance * distance if turn else distance
+            for i in range(size - size % LANES, size):
+                distance = np.float64(numbers[i]) - mean
+                sums[0] += distance * distance if turn else distance
         if turn == 0 and count:
             mean = sums.sum() / count
     return count, mean, sums.sum()
@@ -174,28 +173,22 @@ def _extend(
     numbers = np.empty(CHUNK, np.float32)
     bits = numbers.view(np.uint32)
     for run in range(begins.size):
-        for begin in range(begins[run], ends[run], CHUNK):
-            count = min(CHUNK, ends[run] - begin)
-            load(source[begin : begin + count], taken, bits)
+        begin, count = begins[run], ends[run] - begins[run]
+        load(source[begin : begin + count], taken, bits)
+        for i in range(count):
+            if (bits[i] & np.uint32(0x7FFFFFFF)) >= np.uint32(INFINITY):
+                return False
+        at = rows[run] if by == 1 else columns[run] if by == 2 else 0
+        if by == 2:
             for i in range(count):
-                if (bits[i] & np.uint32(0x7FFFFFFF)) >= np.uint32(INFINITY):
-                    return False
-            at = rows[run] if by == 1 else columns[run] + begin - begins[run] if by == 2 else 0
-            if by == 2:
-                for i in range(count):
-                    least[at + i] = min(least[at + i], numbers[i])
-                    largest[at + i] = max(largest[at + i], numbers[i])
-                continue
-            low, high = least[at], largest[at]
-            for i in range(count):
-                low, high = min(low, numbers[i]), max(high, numbers[i])
-            least[at], largest[at] = low, high
+                least[at + i] = min(least[at + i], numbers[i])
+                largest[at + i] = max(largest[at + i], numbers[i])
+            continue
+        low, high = least[at], largest[at]
+        for i in range(count):
+            low, high = min(low, numbers[i]), max(high, numbers[i])
+        least[at], largest[at] = low, high
     return True
-
-
-@inlined
-def _rank(source: Any, taken: Any, flip: Any, i: Any) -> Any:
-    return np.uint64(((np.uint32(source[i]) << np.uint32(taken)) & np.uint32(0x7FFFFFFF)) ^ flip)
 
 
 @compiled
@@ -205,7 +198,7 @@ def _count_ranks(
 ) -> None:  # fmt: skip
     for run in range(begins.size):
         for i in range(begins[run], ends[run]):
-            own = _rank(source, taken, flip, i)
+            own = rank_of(source, taken, flip, i)
             if depth == np.uint64(0):
                 counts[own >> np.uint64(16)] += 1
             elif depth == np.uint64(1):
@@ -224,7 +217,7 @@ def _ties(
     count = 0
     for run in range(begins.size):
         for i in range(begins[run], ends[run]):
-            if _rank(source, taken, flip, i) == rank:
+            if rank_of(source, taken, flip, i) == rank:
                 bits = mix(key, place + i)
                 if bits >> np.uint64(48) == drawn:
                     if count == found.size:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tensorsurgeon.fused import Part, Slots
 from tensorsurgeon.kernels.arrays import Array, as_array
-from tensorsurgeon.kernels.draws import inlined
+from tensorsurgeon.kernels.draws import CHUNK, inlined
 from tensorsurgeon.tensor import Block
 
 SLAB = 2**18
@@ -25,7 +25,10 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Runs(NamedTuple):
-    """Stretches of a slab: where each begins and ends, counted from the slab's first element, its row and column."""
+    """Stretches of a slab, of CHUNK elements at most and each within a row.
+
+    Where each begins and ends is counted from the slab's first element; `rows` and `columns` say where in the matrix.
+    """
 
     begins: Places
     ends: Places
@@ -89,12 +92,22 @@ def _runs(mask: Mask, part: Part, row: int, count: int) -> Runs:
     width = part.grid.columns
     if not part.grid.transposed:
         chosen = np.flatnonzero(mask[row : row + count])
-        return Runs(chosen * width, (chosen + 1) * width, row + chosen, np.zeros_like(chosen))
+        return _in_chunks(Runs(chosen * width, (chosen + 1) * width, row + chosen, np.zeros_like(chosen)))
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
     lines = np.arange(count)[:, None]
     begins, ends = (lines * width + edges[side::2] for side in (0, 1))
     each = len(edges) // 2
-    return Runs(begins.reshape(-1), ends.reshape(-1), np.repeat(row + lines, each), np.tile(edges[::2], count))
+    long = Runs(begins.reshape(-1), ends.reshape(-1), np.repeat(row + lines, each), np.tile(edges[::2], count))
+    return _in_chunks(long)
+
+
+def _in_chunks(long: Runs) -> Runs:
+    """Return runs cut into chunks, each counted from where its run begins."""
+    counts = -(-(long.ends - long.begins) // CHUNK)
+    of = np.repeat(np.arange(len(counts)), counts)
+    past = CHUNK * (np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts))
+    begins = long.begins[of] + past
+    return Runs(begins, np.minimum(begins + CHUNK, long.ends[of]), long.rows[of], long.columns[of] + past)
 
 
 def as_bits(block: Block) -> tuple[Array, int]:
@@ -110,6 +123,12 @@ def load(source: Any, shift: Any, bits: Any) -> None:
     """Put float32 bits of some elements into a vector."""
     for i in range(source.size):
         bits[i] = np.uint32(source[i]) << np.uint32(shift)
+
+
+@inlined
+def rank_of(source: Any, shift: Any, flip: Any, i: Any) -> Any:
+    """Return the magnitude of an element as 31 bits of a float32, in reverse order where `flip` is all of them."""
+    return np.uint64(((np.uint32(source[i]) << np.uint32(shift)) & np.uint32(0x7FFFFFFF)) ^ flip)
 
 
 @inlined
