@@ -9,7 +9,6 @@ from typing import Any
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.notation import format_layers
-from tensorsurgeon.quantized import format_name
 
 Row = Mapping[str, Any]
 
@@ -42,7 +41,6 @@ def summary(
         "in another shard": sum("shard" in it for it in changes),
         "removed": sum(row["change"] == "removed" for row in absent),
         "added": sum(row["change"] == "added" for row in absent),
-        "layout": " to ".join(dict.fromkeys(format_name(it) or "plain" for it in (one, two))),
     }
 
 

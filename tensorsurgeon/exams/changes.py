@@ -12,9 +12,9 @@ from tensorsurgeon.exams.change_tables import by_layer, by_role, summary
 from tensorsurgeon.exams.documents import unequal_files, unequal_keys
 from tensorsurgeon.exams.selection import layer_number, role_label, select
 from tensorsurgeon.exams.streaming import Reader, Work, each, same_bytes
-from tensorsurgeon.ops.dequantization import as_plain
+from tensorsurgeon.ops.dequantization import decoded
 from tensorsurgeon.parameters import Glob, Layers, Model, Words
-from tensorsurgeon.quantized import PLAIN, find_modules, stored_as
+from tensorsurgeon.quantized import PLAIN, find_modules, format_name, stored_as
 from tensorsurgeon.quantized.parts import Plain
 from tensorsurgeon.registry import Findings, exam, open_model
 from tensorsurgeon.running import Budget, running
@@ -27,10 +27,14 @@ SHOWN = ("name", "change", "relative error", "cosine", "SNR", "largest differenc
 
 
 class Side(NamedTuple):
-    """One of two models: as it lies on disk, as plain numbers where it can be decoded, and of what weights are made."""
+    """One of two models: as it lies on disk, as plain numbers where it can be decoded, and of what weights are made.
+
+    `layout` names the quantised formats that it is in, or says that it is plain.
+    """
 
     raw: Checkpoint
     plain: Checkpoint
+    layout: str
     modules: Mapping[str, Plain]
     made_of: Mapping[str, Sequence[str]]
 
@@ -103,6 +107,7 @@ def diff(
         "of another shape": sum(row["shape"] != list(one.plain[row["from"]].shape) for row in rows),
     }
     facts = summary(one.raw, two.raw, rows, absent, others, whole) | {
+        "layout": " to ".join(dict.fromkeys((one.layout, two.layout))),
         "config keys": len(config),
         "other files": len(files),
         "layers": layer_text,
@@ -120,15 +125,16 @@ def diff(
 
 def _side(ckpt: Checkpoint) -> Side:
     found = find_modules(ckpt)
+    layout = format_name(ckpt, found) or "plain"
     if found.problems:
         # What cannot be decoded is compared by its bytes.
-        return Side(ckpt, ckpt, {}, {})
+        return Side(ckpt, ckpt, layout, {}, {})
     made_of: dict[str, list[str]] = defaultdict(list)
     for part, name in found.tensors.items():
         made_of[name].append(part)
     for name, module in found.modules.items():
         made_of[name] += module.shared
-    return Side(ckpt, as_plain(ckpt), found.modules, made_of)
+    return Side(ckpt, decoded(ckpt, found), layout, found.modules, made_of)
 
 
 def _compare(one: Side, two: Side, pairs: Mapping[str, str]) -> dict[str, Compared]:

@@ -16,9 +16,9 @@ from tensorsurgeon.exams.lines import Lines
 from tensorsurgeon.exams.selection import layer_number, role_label, select
 from tensorsurgeon.exams.streaming import Reader, Work, each
 from tensorsurgeon.exams.verdict import Rule, Subject, judge, with_limits
-from tensorsurgeon.ops.dequantization import as_plain
+from tensorsurgeon.ops.dequantization import decoded
 from tensorsurgeon.parameters import File, Glob, Layers, Model, Share, Thresholds, Words
-from tensorsurgeon.quantized import PLAIN, find_modules, quantized_tensors, stored_as
+from tensorsurgeon.quantized import PLAIN, find_modules, stored_as
 from tensorsurgeon.quantized.parts import Plain
 from tensorsurgeon.registry import Findings, exam, open_model
 from tensorsurgeon.running import running
@@ -117,8 +117,8 @@ def autopsy(
 def _patient(ckpt: Checkpoint, names: str | None, roles: Sequence[str] | None, layers: Any) -> Patient:
     found = find_modules(ckpt)
     # Where some cannot be decoded, what is plain can be looked at all the same.
-    plain = ckpt if found.problems else as_plain(ckpt, "bfloat16")
-    if found.problems and set(quantized_tensors(ckpt.tensors)).intersection(select(ckpt, names, roles, layers)):
+    plain = ckpt if found.problems else decoded(ckpt, found, "bfloat16")
+    if found.problems and found.coded.intersection(select(ckpt, names, roles, layers)):
         raise RefusedError(*found.problems)
     modules = {} if found.problems else found.modules
     chosen = select(plain, names, roles, layers)

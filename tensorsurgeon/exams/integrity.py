@@ -22,7 +22,7 @@ from tensorsurgeon.names import companions
 from tensorsurgeon.ops.servable import PROFILES, config_problems, pair_problems
 from tensorsurgeon.parameters import Location
 from tensorsurgeon.progress import Advance, progress_bar
-from tensorsurgeon.quantized import find_modules, quantized_tensors
+from tensorsurgeon.quantized import find_modules
 from tensorsurgeon.quantized.settings import find_settings
 from tensorsurgeon.receipt import seal
 from tensorsurgeon.registry import Findings, exam
@@ -165,12 +165,13 @@ def _pairs(ckpt: Checkpoint) -> Problems:
 
 def _quantization(ckpt: Checkpoint) -> Problems:
     settings = find_settings(ckpt).values
-    quantized = quantized_tensors(ckpt.tensors)
-    if quantized and not settings:
-        yield f"config.json: has no quantization_config, but {len(quantized)} tensors are quantised: {quantized[0]!r}."
-    if settings and not quantized:
+    found = find_modules(ckpt)
+    if found.coded and not settings:
+        first = next(name for name in ckpt if name in found.coded)
+        yield f"config.json: has no quantization_config, but {len(found.coded)} tensors are quantised: {first!r}."
+    if settings and not found.coded:
         yield "config.json: has a quantization_config, but no tensor is quantised."
-    yield from find_modules(ckpt).problems
+    yield from found.problems
 
 
 def _receipt(directory: Path) -> Problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -51,7 +52,8 @@ def inspect(ckpt: Checkpoint, tensors: Glob | None = None) -> Findings:
         return Findings({**tables, "shards": _shard_rows(ckpt)})
     found = find_modules(ckpt)
     formats = _format_rows(found)
-    tables = {"model": [_model_row(ckpt, found)], "dtypes": dtypes, "formats": formats, "roles": _role_rows(ckpt)}
+    model = _model_row(ckpt, found, formats)
+    tables = {"model": [model], "dtypes": dtypes, "formats": formats, "roles": _role_rows(ckpt)}
     return Findings({name: rows for name, rows in tables.items() if rows} | {"shards": _shard_rows(ckpt)})
 
 
@@ -113,13 +115,13 @@ def _format_rows(found: Found) -> list[dict[str, Any]]:
     return [{"format": label, "modules": count, "elements": elements} for label, (count, elements) in totals.items()]
 
 
-def _model_row(ckpt: Checkpoint, found: Found) -> dict[str, Any]:
+def _model_row(ckpt: Checkpoint, found: Found, formats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     config = ckpt.config.value
     architectures = config.get("architectures") or ["-"]
     total = sum(tensor.nbytes for tensor in ckpt.tensors.values())
     method = find_settings(ckpt).method
-    labels = [row["format"] for row in _format_rows(found)]
-    quantization = ": ".join(filter(None, [method, "; ".join(labels)])) or "none"
+    labels = "; ".join(row["format"] for row in formats)
+    quantization = ": ".join(filter(None, [method, labels])) or "none"
     return {
         "name": ckpt.sources[0].name,
         "architecture": ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures,

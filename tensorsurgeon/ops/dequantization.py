@@ -10,7 +10,7 @@ from tensorsurgeon.config import SETTINGS_FILES, without_quantization
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.names import companions
 from tensorsurgeon.parameters import Glob
-from tensorsurgeon.quantized import find_modules, quantized_tensors, residue
+from tensorsurgeon.quantized import Found, find_modules, quantized_tensors, residue
 from tensorsurgeon.registry import operation
 from tensorsurgeon.tensor import LazyTensor
 
@@ -35,16 +35,30 @@ def dequantize(ckpt: Checkpoint, dtype: FloatName = "bfloat16", plain: Glob | No
             that are missing or do not fit, and for codes and scales that would be left.
     """
     said = set(ckpt.names(plain)) if plain else set()
-    dropped = said.intersection(companions(said))
-    seen = ckpt.replace(tensors={name: it for name, it in ckpt.tensors.items() if name not in said})
-    found = find_modules(seen)
-    if not (found.tensors or found.idle or found.problems):
+    found = find_modules(ckpt.replace(tensors={name: it for name, it in ckpt.tensors.items() if name not in said}))
+    if not found.coded:
         raise RefusedError("dequantize: nothing is quantised here; 'cast' changes the dtype of plain weights.")
+    return decoded(ckpt, found, dtype, said)
+
+
+def decoded(
+    ckpt: Checkpoint, found: Found, dtype: FloatName = "float32", said: Collection[str] = frozenset()
+) -> Checkpoint:
+    """Return a checkpoint of plain numbers: decoded to `dtype` where it is quantised, else as it is.
+
+    `found` is what is quantised of it, without what is `said` to be plain although it looks quantised.
+
+    Raises:
+        RefusedError: for what cannot be decoded.
+    """
+    if not found.coded:
+        return ckpt
     raise_all(RefusedError, found.problems)
+    dropped = found.idle.union(companions(said))
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in ckpt.tensors.items():
         module = found.tensors.get(name)
-        if module is None and name not in found.idle | dropped:
+        if module is None and name not in dropped:
             tensors[name] = tensor
         elif module is not None and module not in tensors:
             tensors[module] = found.modules[module].decode(DTYPES[dtype])
@@ -54,21 +68,20 @@ def dequantize(ckpt: Checkpoint, dtype: FloatName = "bfloat16", plain: Glob | No
     return ckpt.replace(tensors=tensors, files=files, config=config, metadata={"format": "pt"})
 
 
-def as_plain(ckpt: Checkpoint, dtype: FloatName = "float32") -> Checkpoint:
-    """Return a checkpoint to compute with: decoded to `dtype` where it is quantised, else as it is."""
-    return dequantize(ckpt, dtype) if quantized_tensors(ckpt.tensors) else ckpt
+def as_plain(ckpt: Checkpoint) -> Checkpoint:
+    """Return a checkpoint to compute with: decoded to float32 where it is quantised, else as it is."""
+    return decoded(ckpt, find_modules(ckpt)) if quantized_tensors(ckpt.tensors) else ckpt
 
 
-def as_numbers(ckpt: Checkpoint, decode: bool) -> tuple[Checkpoint, Set[str]]:
+def as_numbers(ckpt: Checkpoint, found: Found, decode: bool) -> tuple[Checkpoint, Set[str]]:
     """Return a checkpoint to choose weights from, decoded to float32 where that can be done, and what is quantised.
 
     Raises:
         RefusedError: for what cannot be decoded, where it is to be.
     """
-    found = find_modules(ckpt)
     if decode or not found.problems:
-        return as_plain(ckpt), found.modules.keys()
-    return ckpt, set(quantized_tensors(ckpt.tensors))
+        return decoded(ckpt, found), found.modules.keys()
+    return ckpt, found.coded
 
 
 def _residue_problems(tensors: dict[str, LazyTensor], said: Collection[str]) -> list[str]:

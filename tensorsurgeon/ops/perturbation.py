@@ -10,11 +10,11 @@ from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, UsageError, raise_all
 from tensorsurgeon.groups import Chosen, choose, find_members
 from tensorsurgeon.names import layer_name
-from tensorsurgeon.ops.dequantization import FloatName, as_numbers, as_plain
+from tensorsurgeon.ops.dequantization import FloatName, as_numbers, decoded
 from tensorsurgeon.ops.dtypes import cast_tensor
 from tensorsurgeon.ops.untying import TIE, head_name, untied
 from tensorsurgeon.parameters import Layers, Words
-from tensorsurgeon.quantized import fp8, quantized_tensors
+from tensorsurgeon.quantized import find_modules, fp8
 from tensorsurgeon.registry import operation
 from tensorsurgeon.tensor import Block, LazyTensor, Pieces
 
@@ -153,17 +153,19 @@ def perturb(
         RefusedError: for quantised weights, for fused ones whose parts cannot be told apart, and for a tied head.
     """
     raise_all(UsageError, _slips(method, level, per, by, dequantize and requantize))
-    if (dequantize or requantize) and not quantized_tensors(ckpt.tensors):
+    found = find_modules(ckpt)
+    if (dequantize or requantize) and not found.coded:
         raise UsageError(f"perturb: {'dequantize' if dequantize else 'requantize'}: no weight here is quantised.")
     source, twin = _separated(ckpt, group, untie)
-    exact, quantized = as_numbers(source, dequantize or requantize)
+    found = found if source is ckpt else find_modules(source)
+    exact, quantized = as_numbers(source, found, dequantize or requantize)
     touched = sorted(quantized & set(find_members(exact, group, layers)))
     if touched and not (dequantize or requantize):
         raise RefusedError(
             f"perturb: {len(touched)} of the chosen tensors are quantised, for example {touched[0]!r}; --dequantize "
             "writes the model plain, and --requantize quantises changed weights again."
         )
-    kept = as_plain(source, dtype) if dequantize else source
+    kept = decoded(source, found, dtype) if dequantize else source
     chosen = choose(exact, group, layers, method == "ablate" and by == "head")
     raise_all(RefusedError, _problems(exact, chosen, twin))
     tensors = dict(kept.tensors)

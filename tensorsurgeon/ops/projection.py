@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError, SurgeonError, UsageError, raise_all
-from tensorsurgeon.ops.dequantization import FloatName, as_numbers, as_plain
+from tensorsurgeon.ops.dequantization import FloatName, as_numbers, decoded
 from tensorsurgeon.ops.directions_file import Directions, Place, read_directions
 from tensorsurgeon.ops.projecting import (
     LAYERS_TABLE,
@@ -24,7 +24,7 @@ from tensorsurgeon.ops.projecting import (
 )
 from tensorsurgeon.ops.residual import Target, choose_writers, warnings_of
 from tensorsurgeon.parameters import Count, File, Layers, Words
-from tensorsurgeon.quantized import format_name, fp8, quantized_tensors
+from tensorsurgeon.quantized import Found, find_modules, format_name, fp8
 from tensorsurgeon.registry import operation
 from tensorsurgeon.running import running
 from tensorsurgeon.scratch import Scratch
@@ -79,7 +79,8 @@ def project(
         RefusedError: for directions that are no basis of the residual stream, weights that do not write into it or
             hold NaN, and quantised ones that are neither to be decoded nor quantised again.
     """
-    usage = list(_contradictions(ckpt, keep, scale, dequantize, requantize))
+    quantization = find_modules(ckpt)
+    usage = list(_contradictions(quantization, keep, scale, dequantize, requantize))
     if layers:
         try:
             ckpt.layers.check(layers)
@@ -87,11 +88,11 @@ def project(
             usage += problem.problems
             layers = tuple(layer for layer in layers if layer < ckpt.layers.count)
     decode = dequantize or requantize
-    seen, quantized = as_numbers(ckpt, decode)
+    seen, quantized = as_numbers(ckpt, quantization, decode)
     chosen = choose_writers(seen, weights, layers)
     usage += chosen.usage
     touched = sorted(quantized & {it.name for it in chosen.targets})
-    problems = [*chosen.problems, *([] if decode else _quantized_problems(ckpt, touched))]
+    problems = [*chosen.problems, *([] if decode else _quantized_problems(ckpt, quantization, touched))]
     found = Directions({}, [], [])
     if chosen.width:
         try:
@@ -102,7 +103,7 @@ def project(
         usage.append("project: keep: a projector says itself what it keeps; leave keep out.")
     problems += found.problems
     raise_all(UsageError if usage else RefusedError, [*usage, *problems])
-    plain, exact = (as_plain(ckpt, dtype), seen) if decode else (ckpt, ckpt)
+    plain, exact = (decoded(ckpt, quantization, dtype), seen) if decode else (ckpt, ckpt)
     kept = ckpt if requantize else plain
     changes = {place: _change(basis, keep, scale, preserve_norms) for place, basis in found.bases.items()}
     scratch = Scratch()
@@ -118,22 +119,22 @@ def project(
     return changed.warn(*found.warnings, *warnings_of(plain, chosen.targets))
 
 
-def _contradictions(ckpt: Checkpoint, keep: bool, scale: float, dequantize: bool, requantize: bool) -> Iterator[str]:
+def _contradictions(found: Found, keep: bool, scale: float, dequantize: bool, requantize: bool) -> Iterator[str]:
     if keep and scale != 1:
         yield "project: keep and scale: what is kept is kept whole; leave one of them out."
     if not math.isfinite(scale):
         yield f"project: scale: {scale} is not a finite number."
     if dequantize and requantize:
         yield "project: dequantize and requantize: choose one of them."
-    elif (dequantize or requantize) and not quantized_tensors(ckpt.tensors):
+    elif (dequantize or requantize) and not found.coded:
         yield f"project: {'dequantize' if dequantize else 'requantize'}: no weight of the model is quantised."
 
 
-def _quantized_problems(ckpt: Checkpoint, found: Sequence[str]) -> Iterator[str]:
-    if found:
+def _quantized_problems(ckpt: Checkpoint, found: Found, touched: Sequence[str]) -> Iterator[str]:
+    if touched:
         yield (
-            f"project: {len(found)} of these weights are quantised ({format_name(ckpt)}), for example "
-            f"{found[0]!r}; say dequantize to decode the model, or requantize to write them as block FP8 again."
+            f"project: {len(touched)} of these weights are quantised ({format_name(ckpt, found)}), for example "
+            f"{touched[0]!r}; say dequantize to decode the model, or requantize to write them as block FP8 again."
         )
 
 

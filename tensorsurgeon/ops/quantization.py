@@ -12,7 +12,7 @@ from tensorsurgeon.names import matching
 from tensorsurgeon.ops.fp8_engines import engine_warnings, plain_modules
 from tensorsurgeon.ops.quantizing import Quantized, report_tables
 from tensorsurgeon.parameters import Glob, Grid
-from tensorsurgeon.quantized import format_name, fp8, quantized_tensors
+from tensorsurgeon.quantized import find_modules, format_name, fp8, quantized_tensors
 from tensorsurgeon.quantized.settings import find_settings
 from tensorsurgeon.registry import operation
 from tensorsurgeon.roles import Role
@@ -73,7 +73,8 @@ def _problems(ckpt: Checkpoint) -> Iterator[str]:
     if ckpt.is_adapter:
         yield "quantize: this is an adapter; merge it into its model first."
     elif quantized_tensors(ckpt.tensors):
-        yield f"quantize: the checkpoint is quantised already ({format_name(ckpt)}); dequantize it first."
+        known = format_name(ckpt, find_modules(ckpt))
+        yield f"quantize: the checkpoint is quantised already ({known}); dequantize it first."
     elif settings.values:
         yield f"quantize: {settings.where} says that this is quantised, and no tensor is; take it out of there."
 

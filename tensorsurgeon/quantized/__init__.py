@@ -56,28 +56,28 @@ DENSE = ("position_ids", "relative_position_index", ".attn.bias", ".attention.bi
 
 
 class Found(NamedTuple):
-    """What is quantised: modules by the name of the plain tensor, tensors without a meaning for them, and faults."""
+    """What is quantised: modules by the name of the plain tensor, tensors without a meaning for them, and faults.
+
+    `tensors` maps each tensor of a module to the name of its plain tensor; `coded` are all that are not plain numbers
+    or describe such, whether they can be decoded or not.
+    """
 
     modules: Mapping[str, Plain]
     tensors: Mapping[str, str]
     idle: frozenset[str]
     problems: tuple[str, ...]
+    coded: frozenset[str]
 
 
 def find_modules(ckpt: Checkpoint) -> Found:
-    """Return every quantised module; `tensors` maps each tensor of one to the name of its plain tensor.
-
-    Only headers and settings are read.
-    """
+    """Return every quantised module; only headers and settings are read."""
     settings = find_settings(ckpt)
+    groups = group(ckpt.tensors).values()
+    idle = frozenset(f"{parts.module}{part}" for parts in groups for part in parts.tensors if part in IDLE)
     modules: dict[str, Plain] = {}
     tensors: dict[str, str] = {}
-    idle: set[str] = set()
     faults: list[tuple[set[str], str]] = []
-    for parts in group(ckpt.tensors).values():
-        idle |= {f"{parts.module}{part}" for part in parts.tensors if part in IDLE}
-        if not coded(parts):
-            continue
+    for parts in filter(coded, groups):
         try:
             plain = _read(parts, settings)
         except RefusedError as problem:
@@ -93,7 +93,8 @@ def find_modules(ckpt: Checkpoint) -> Found:
     # What modules share may lie under a name that looks like one more module.
     shared = frozenset(name for plain in modules.values() for name in plain.shared)
     problems = dict.fromkeys(text for names, text in faults if not names <= shared | idle)
-    return Found(modules, tensors, frozenset(idle) | shared, tuple(problems))
+    described = idle.union(tensors, *(names for names, _ in faults))
+    return Found(modules, tensors, idle | shared, tuple(problems), described)
 
 
 def quantized_tensors(tensors: Mapping[str, LazyTensor]) -> list[str]:
@@ -110,13 +111,13 @@ def quantized_tensors(tensors: Mapping[str, LazyTensor]) -> list[str]:
     return [name for name in tensors if name in found]
 
 
-def format_name(ckpt: Checkpoint) -> str | None:
+def format_name(ckpt: Checkpoint, found: Found) -> str | None:
     """Return the quantised formats that the modules of a checkpoint are in, or None for plain ones."""
-    labels = Counter(plain.label for plain in find_modules(ckpt).modules.values())
+    labels = Counter(plain.label for plain in found.modules.values())
     if labels:
         return "; ".join(label for label, _ in labels.most_common())
-    found = quantized_tensors(ckpt.tensors)
-    return f"{ckpt[found[0]].dtype} that cannot be decoded" if found else None
+    first = next((tensor for name, tensor in ckpt.tensors.items() if name in found.coded), None)
+    return f"{first.dtype} that cannot be decoded" if first else None
 
 
 def stored_as(ckpt: Checkpoint, modules: Mapping[str, Plain], name: str) -> str:
@@ -140,9 +141,9 @@ def require_plain(ckpt: Checkpoint, names: Iterable[str], operation: str) -> Non
     """Raise RefusedError where an operation on numbers would read quantised tensors as numbers."""
     quantized = set(quantized_tensors(ckpt.tensors)).intersection(names)
     if quantized:
-        first = min(quantized)
+        first, known = min(quantized), format_name(ckpt, find_modules(ckpt))
         raise RefusedError(
-            f"{operation}: {len(quantized)} tensors are quantised ({format_name(ckpt)}), for example "
+            f"{operation}: {len(quantized)} tensors are quantised ({known}), for example "
             f"{first!r} in {ckpt[first].dtype}; their codes are not numbers to compute with. Run 'dequantize' first."
         )
 
