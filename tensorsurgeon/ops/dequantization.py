@@ -10,7 +10,7 @@ from tensorsurgeon.config import SETTINGS_FILES, without_quantization
 from tensorsurgeon.errors import RefusedError, raise_all
 from tensorsurgeon.names import companions
 from tensorsurgeon.parameters import Glob
-from tensorsurgeon.quantized import Found, find_modules, residue
+from tensorsurgeon.quantized import Found, find_modules, quantized_tensors, residue
 from tensorsurgeon.registry import operation
 from tensorsurgeon.tensor import LazyTensor
 
@@ -70,7 +70,7 @@ def decoded(
 
 def as_plain(ckpt: Checkpoint) -> Checkpoint:
     """Return a checkpoint to compute with: decoded to float32 where it is quantised, else as it is."""
-    return decoded(ckpt, find_modules(ckpt))
+    return decoded(ckpt, find_modules(ckpt)) if quantized_tensors(ckpt.tensors) else ckpt
 
 
 def as_numbers(ckpt: Checkpoint, found: Found, decode: bool) -> tuple[Checkpoint, Set[str]]:

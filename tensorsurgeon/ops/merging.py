@@ -13,7 +13,7 @@ from tensorsurgeon.ops.dtypes import cast_tensor
 from tensorsurgeon.ops.principal import with_principal_parts
 from tensorsurgeon.ops.servable import Profile, begins_with_principal_parts, dropped_by, kind_problems
 from tensorsurgeon.parameters import Scales, Several
-from tensorsurgeon.quantized import find_modules, fp8
+from tensorsurgeon.quantized import find_modules, fp8, quantized_tensors
 from tensorsurgeon.registry import open_model, operation
 from tensorsurgeon.tensor import Block, LazyTensor
 
@@ -57,8 +57,8 @@ def merge_lora(
     opened = [open_model(it) for it in adapter]
     raise_all(RefusedError, (text for it in opened for text in _kind_problems(it)))
     loras = [dropped_by(read_lora(it), ckpt, rest_of) if rest_of else read_lora(it) for it in opened]
-    found = find_modules(ckpt)
-    plain, exact = decoded(ckpt, found, dtype), decoded(ckpt, found)
+    found = find_modules(ckpt) if quantized_tensors(ckpt.tensors) else None
+    plain, exact = (decoded(ckpt, found, dtype), decoded(ckpt, found)) if found else (ckpt, ckpt)
     raise_all(
         RefusedError, (text for it, lora in zip(opened, loras, strict=True) for text in _problems(it, lora, plain))
     )
@@ -68,7 +68,7 @@ def merge_lora(
         else lora
         for it, lora in zip(opened, loras, strict=True)
     ]
-    if requantize and not found.coded:
+    if requantize and not found:
         raise UsageError("merge-lora: requantize: no weight of the model is quantised.")
     kept = ckpt if requantize else plain
     tensors = dict(kept.tensors)

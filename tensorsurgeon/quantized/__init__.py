@@ -70,17 +70,14 @@ class Found(NamedTuple):
 
 
 def find_modules(ckpt: Checkpoint) -> Found:
-    """Return every quantised module. Only headers are read and, where there is one, settings."""
+    """Return every quantised module; only headers and settings are read."""
+    settings = find_settings(ckpt)
     groups = group(ckpt.tensors).values()
     idle = frozenset(f"{parts.module}{part}" for parts in groups for part in parts.tensors if part in IDLE)
-    quantized = [parts for parts in groups if coded(parts)]
-    if not quantized:
-        return Found({}, {}, idle, (), idle)
-    settings = find_settings(ckpt)
     modules: dict[str, Plain] = {}
     tensors: dict[str, str] = {}
     faults: list[tuple[set[str], str]] = []
-    for parts in quantized:
+    for parts in filter(coded, groups):
         try:
             plain = _read(parts, settings)
         except RefusedError as problem:

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -585,7 +586,7 @@ def measure_headers(setup: Setup) -> list[Figure]:
             ("drop-layers", source, dest, "--layers", "10-19", "--dry-run"),
         ):
             parse = [sys.executable, "-c", PARSE_HEADERS, str(source)]
-            done, parsed = alternate(setup.runs, lambda: run(surgeon(*arguments)), lambda: run(parse))  # noqa: B023
+            done, parsed = alternate(setup.runs, partial(run, surgeon(*arguments)), partial(run, parse))
             title = f"{arguments[0]}{' --dry-run' * ('--dry-run' in arguments)}, DeepSeek-V3"
             figures.append(Figure(f"{title}: wall", "s", [it.wall for it in done], []))
             figures.append(Figure(f"{title}: CPU", "s", [it.cpu for it in done], [it.cpu for it in parsed], PARSED))
@@ -593,7 +594,7 @@ def measure_headers(setup: Setup) -> list[Figure]:
         tiny = Qwen3(4, 256, 768, 4, 1, 1024)
         synthetic.write(small, tiny.shapes(), tiny.config(), setup.shard_size)
         start = [sys.executable, "-c", START]
-        done, started = alternate(setup.runs, lambda: run(surgeon("inspect", small)), lambda: run(start))
+        done, started = alternate(setup.runs, partial(run, surgeon("inspect", small)), partial(run, start))
         cpu, least = ([it.cpu for it in side] for side in (done, started))
         figures.append(Figure("inspect, a small model: CPU", "s", cpu, least, STARTED))
     return figures
