@@ -51,6 +51,7 @@ ORDER = (
     ("ops",),
     ("mergekit",),
     ("recipe",),
+    ("forward",),
     ("evaluate",),
     ("exams", "derivations"),
     ("report",),
