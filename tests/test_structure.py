@@ -75,10 +75,11 @@ LIGHT = (
     "exams/__init__", "exams/cancellation", "exams/change_tables", "exams/changes", "exams/claims", "exams/documents",
     "evaluate/__init__", "evaluate/bilingual", "evaluate/choosing", "evaluate/digest", "evaluate/engine",
     "evaluate/grading", "evaluate/labels", "evaluate/layer_changes", "evaluate/ledger", "evaluate/outcome_measures",
-    "evaluate/outcomes", "evaluate/result_charts", "evaluate/result_tables", "evaluate/result_words",
-    "evaluate/results", "evaluate/serving", "evaluate/study", "evaluate/suite", "evaluate/tables",
-    "exams/duplicates", "exams/evaluation", "exams/health", "exams/integrity", "exams/lines",
-    "exams/overview", "exams/reporting", "exams/selection", "exams/streaming", "exams/sweeping",
+    "evaluate/outcomes", "evaluate/prompts", "evaluate/result_charts", "evaluate/result_tables",
+    "evaluate/result_words", "evaluate/results", "evaluate/serving", "evaluate/study", "evaluate/suite",
+    "evaluate/tables",
+    "exams/duplicates", "exams/evaluation", "exams/health", "exams/integrity", "exams/lensing", "exams/lines",
+    "exams/overview", "exams/reporting", "exams/resemblance", "exams/selection", "exams/streaming", "exams/sweeping",
     "exams/verdict",
 )  # fmt: skip
 """Modules that start at once: none of them imports a library of numbers, not even later for its own use."""
@@ -232,8 +233,10 @@ def test_the_exported_names() -> None:
         "cast", "dequantize", "drop_layers", "extract_lora", "keep_layers", "merge_lora", "perturb", "project",
         "quantize", "repeat_layers", "reshard", "reverse_layers", "sanitize_lora", "select_layers", "stitch",
     ]  # fmt: skip
-    assert ts.exams.__all__ == ["autopsy", "diff", "evaluate", "inspect", "noise", "report", "sweep", "verify"]
-    assert ts.derivations.__all__ == ["directions"]
+    assert ts.exams.__all__ == [
+        "autopsy", "diff", "evaluate", "inspect", "lens", "noise", "report", "similarity", "sweep", "verify",
+    ]  # fmt: skip
+    assert ts.derivations.__all__ == ["collect", "directions"]
     for module in (ts, ts.ops, ts.exams, ts.derivations):
         assert all(hasattr(module, name) for name in module.__all__)
 

@@ -1,5 +1,6 @@
-"""Derivations: functions that read a file and write another, and tell what they found. No model takes part."""
+"""Derivations: functions that read a file or a model, write another file, and tell what they found."""
 
+from tensorsurgeon.derivations.collecting import collect
 from tensorsurgeon.derivations.subspaces import directions
 
-__all__ = ["directions"]
+__all__ = ["collect", "directions"]

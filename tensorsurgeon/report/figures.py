@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
@@ -13,6 +14,7 @@ from typing import Any
 from tensorsurgeon.errors import UsageError
 from tensorsurgeon.registry import Findings
 from tensorsurgeon.report.chart_figures import chart_figure, plain
+from tensorsurgeon.report.curves import lens_figures
 from tensorsurgeon.report.destination import file_stem, make_directory, write_report
 from tensorsurgeon.report.grids import Grid, Place, Row, Statistic, find_grids, model_of, place_of
 from tensorsurgeon.report.histograms import Histogram, floor_of, outline
@@ -49,7 +51,9 @@ def write_figures(findings: Findings, directory: Path) -> list[Path]:
     make_directory(directory)
     taken: set[str] = set()
     paths = []
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        # Tokens are of all scripts, and a font of only some: the others stand as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         for title, figure in _figures(findings):
             stem = file_stem(title, taken)
             for kind, metadata in (("png", {}), ("svg", {"Date": None})):
@@ -63,6 +67,7 @@ def _figures(findings: Findings) -> Iterator[tuple[str, Any]]:
     """Yield figures with their titles, one at a time: each holds its pixels as long as it lives."""
     for chart in findings.charts:
         yield f"{chart.title} {chart.measure}", chart_figure(chart)
+    yield from lens_figures(findings.tables)
     for grid in find_grids(findings.tables):
         rows = findings.tables[grid.title]
         for statistic in grid.statistics:

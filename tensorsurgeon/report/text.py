@@ -89,7 +89,7 @@ def _shown(value: Any) -> str:
         return "-"
     if isinstance(value, list | tuple):
         return "x".join(map(str, value)) or "scalar"
-    return str(value)
+    return str(value).replace("\n", "⏎")
 
 
 def _parameters(values: Mapping[str, Any]) -> str:
