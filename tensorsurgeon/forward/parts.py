@@ -33,6 +33,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 SHOWN = 5
+CACHE_LINE = 64
 
 Part = int | str
 """A layer by its number; `decoder`, what its owner has beside the layers; `outer`, beside the head; `unused`."""
@@ -53,7 +54,9 @@ class _Unread:
         self.tensor = tensor
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        return as_tensor(self.tensor.read())
+        read = as_tensor(self.tensor.read())
+        # Products may be summed in another order where numbers do not begin at a cache line, as torch's own do.
+        return read if read.data_ptr() % CACHE_LINE == 0 else read.clone()
 
 
 class Parts:

@@ -66,7 +66,7 @@ def record(skeleton: Skeleton, batch: Batch) -> Recording:
         try:
             first = _run(skeleton, batch, width, lambda states: states.view_as(states))
         except _Elsewhere as problem:
-            failed = problem
+            failed = failed or problem
             continue
         except (IndexError, ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as problem:
             failed = failed or problem
@@ -148,8 +148,7 @@ def _run(
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         ended.append(output if isinstance(output, torch.Tensor) else output[0])
-
-    def stop(*_: Any, **__: Any) -> None:
+        # What follows may have weights, which are not in memory yet.
         raise _BeforeHead
 
     decoder, prefix = skeleton.module(skeleton.decoder), f"{skeleton.decoder}." if skeleton.decoder else ""
@@ -160,7 +159,6 @@ def _run(
     ]
     hooks.append(decoder.register_forward_hook(end))
     patched = {number: (layer, note(number)) for number, layer in enumerate(skeleton.layers)}
-    patched[-1] = (skeleton.module(skeleton.head), stop)
     try:
         with replaced(patched), torch.inference_mode():
             skeleton.model(**arguments(skeleton, batch))
