@@ -109,7 +109,7 @@ def test_directions_are_found_in_what_was_collected(tmp_path: Path, prompts: str
         ({"out": "{}/out.bin"}, DestinationError, "ends in .safetensors or .npz"),
         ({"out": "{}/there.npz"}, DestinationError, "exists already"),
         ({"out": "{}/no/out.npz"}, DestinationError, "there is no directory"),
-        ({"layers": "4-7"}, UsageError, "6-7"),
+        ({"layers": "4-7"}, UsageError, "there is no layer 6, 7"),
         ({"site": "nose"}, UsageError, "site"),
     ],
 )

@@ -54,6 +54,7 @@ def whole(model: Any, stream: Stream, batch: Batch) -> Any:
         return model(**arguments(stream.skeleton, batch), output_hidden_states=True)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # transformers' GPTBigCode uses it
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STREAMED]
 )
