@@ -27,7 +27,7 @@ def read_prompts(path: Path) -> list[GivenPrompt]:
         UsageError: with every line that cannot be understood, and for a file without prompts.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as problem:
         raise UsageError(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}.") from None
     told = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -46,7 +46,7 @@ class Stream:
         return_memory()
         if running().threads:
             torch.set_num_threads(running().threads)
-        plain = as_plain(ckpt, "float32" if dtype == "float32" else dtype)
+        plain = as_plain(ckpt, dtype)
         self.batches = list(batches)
         self.skeleton = make_skeleton(plain, dtype)
         raise_all(UsageError, self._length_problems())

@@ -68,9 +68,9 @@ def decoded(
     return ckpt.replace(tensors=tensors, files=files, config=config, metadata={"format": "pt"})
 
 
-def as_plain(ckpt: Checkpoint) -> Checkpoint:
-    """Return a checkpoint to compute with: decoded to float32 where it is quantised, else as it is."""
-    return decoded(ckpt, find_modules(ckpt)) if quantized_tensors(ckpt.tensors) else ckpt
+def as_plain(ckpt: Checkpoint, dtype: FloatName = "float32") -> Checkpoint:
+    """Return a checkpoint to compute with: decoded to `dtype` where it is quantised, else as it is."""
+    return decoded(ckpt, find_modules(ckpt), dtype) if quantized_tensors(ckpt.tensors) else ckpt
 
 
 def as_numbers(ckpt: Checkpoint, found: Found, decode: bool) -> tuple[Checkpoint, Set[str]]:
