@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,15 +21,17 @@ class Scratch:
         self._lock = Lock()
         self._path: Path | None = None
 
-    def put(self, data: Buffer) -> Span:
-        """Append bytes, and return where they are."""
+    def put(self, data: Buffer, over: Span | None = None) -> Span:
+        """Append bytes, or write them over others of as many, and return where they are."""
         with self._lock:
             if self._path is None:
                 directory = tempfile.mkdtemp(prefix="tensorsurgeon-")
                 atexit.register(shutil.rmtree, directory, ignore_errors=True)
                 self._path = Path(directory, "scratch")
-            with open(self._path, "ab") as file:
-                span = Span(self._path, file.tell(), len(data))
+                self._path.touch()
+            with open(self._path, "r+b") as file:
+                span = over or Span(self._path, file.seek(0, os.SEEK_END), len(data))
+                file.seek(span.offset)
                 file.write(data)
         return span
 

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.forward.parts import as_tensor, set_parameter
 from tensorsurgeon.forward.recording import arguments, as_left, replaced
-from tensorsurgeon.forward.stream import Stream
+from tensorsurgeon.forward.shell import Shell
 from tensorsurgeon.running import running
 from tensorsurgeon.tensor import LazyTensor
 
@@ -36,7 +36,7 @@ class _Left(ModelOutput):  # type: ignore[misc]
 
 
 class Head:
-    """The final norm and the head of a stream, to be used under `held`.
+    """The final norm and the head of a model, to be used under `held`.
 
     `exact` computes the products of the head in float32 whatever the dtype of the layers, so that logits differ where
     half precision would tie them.
@@ -45,13 +45,13 @@ class Head:
         RefusedError: where what lies between the last layer and the head is more than modules one after the other.
     """
 
-    def __init__(self, stream: Stream, exact: bool = True) -> None:
-        self.stream, self.skeleton = stream, stream.skeleton
+    def __init__(self, shell: Shell, exact: bool = True) -> None:
+        self.shell, self.skeleton = shell, shell.skeleton
         self.module: Any = self.skeleton.module(self.skeleton.head)
         self.dtype = torch.float32 if exact else self.skeleton.dtype
-        self.after = [self.skeleton.module(name) for name in stream.recordings[0].after]
+        self.after = [self.skeleton.module(name) for name in shell.recordings[0].after]
         self._lazy = self._tensor("weight")
-        for recording in stream.recordings:
+        for recording in shell.recordings:
             if not torch.equal(self.normed(recording.embedded), recording.tail):
                 kind = type(self.skeleton.model).__name__
                 raise RefusedError(f"{kind}: what lies between its last layer and its head cannot be told apart.")
@@ -89,30 +89,40 @@ class Head:
     @contextmanager
     def held(self) -> Iterator[Head]:
         """Hold the head for the time of a block, whole if it is one slice."""
-        self.stream.parts.load("outer")
+        self.shell.parts.load("outer")
         if len(self.slices) == 1:
             self._load(0, self.rows)
         try:
             yield self
         finally:
-            self.stream.parts.drop("head")
-            self.stream.parts.drop("outer")
+            self.shell.parts.drop("head")
+            self.shell.parts.drop("outer")
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits of normed states of shape (prompts, positions, width), with soft-caps and all."""
+        return torch.cat([compute(states) for _, compute in self.sliced()], -1)
+
+    def sliced(self) -> Iterator[tuple[int, Callable[[torch.Tensor], torch.Tensor]]]:
+        """Hold one slice of the head after the other; yield its first row, and what gives normed states' logits."""
+        for start, stop in self.slices:
+            if len(self.slices) > 1:
+                self._load(start, stop)
+            yield start, self._held_logits
+
+    def _held_logits(self, states: torch.Tensor) -> torch.Tensor:
         left = _Left(last_hidden_state=states)
         stubs = {place: (self.skeleton.module(name), lambda *_, **__: left)
                  for place, name in enumerate(self.skeleton.path)}  # fmt: skip
         ids = torch.zeros(states.shape[:2], dtype=torch.int64)
-        return self._sliced(stubs, lambda: self.skeleton.model(input_ids=ids).logits)
+        return self._computed(stubs, lambda: self.skeleton.model(input_ids=ids).logits)
 
     def whole(self, place: int, states: torch.Tensor, keep: Sequence[int]) -> torch.Tensor:
         """Return the logits at some positions by the model's whole forward, whose layers give a batch's last states."""
-        given = arguments(self.skeleton, self.stream.batches[place])
-        left = as_left(states, self.stream.recordings[place].width)
+        given = arguments(self.skeleton, self.shell.batches[place])
+        left = as_left(states, self.shell.recordings[place].width)
         stubs = {number: (layer, lambda *_, **__: left) for number, layer in enumerate(self.skeleton.layers)}
         kept = torch.tensor(list(keep))
-        return self._sliced(stubs, lambda: self._kept(given, kept))
+        return torch.cat([self._computed(stubs, lambda: self._kept(given, kept)) for _ in self.sliced()], -1)
 
     def _kept(self, given: dict[str, Any], kept: torch.Tensor) -> torch.Tensor:
         if "logits_to_keep" in inspect.signature(self.skeleton.model.forward).parameters:
@@ -121,18 +131,12 @@ class Head:
         whole: torch.Tensor = self.skeleton.model(**given).logits
         return whole[:, kept]
 
-    def _sliced(
+    def _computed(
         self, stubs: dict[int, tuple[nn.Module, Callable[..., Any]]], compute: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         exact = {-1: (self.module, self._in_float32)} if self.dtype != self.skeleton.dtype else {}
         with torch.inference_mode(), replaced({**stubs, **exact}):
-            if len(self.slices) == 1:
-                return compute()
-            parts = []
-            for start, stop in self.slices:
-                self._load(start, stop)
-                parts.append(compute())
-            return torch.cat(parts, -1)
+            return compute()
 
     def _load(self, start: int, stop: int) -> None:
         for name in self._names():
@@ -145,9 +149,9 @@ class Head:
 
     def _tensor(self, name: str) -> LazyTensor:
         """Return a parameter of the head as it lies: its own, or the embedding where they are tied."""
-        found = self.stream.parts.plain(f"{self.skeleton.head}.{name}")
+        found = self.shell.parts.plain(f"{self.skeleton.head}.{name}")
         if found is None and name == "weight":
-            found = self.stream.parts.plain(f"{self.skeleton.embedding}.weight")
+            found = self.shell.parts.plain(f"{self.skeleton.embedding}.weight")
         if found is None:
             raise RefusedError(f"{self.skeleton.head}.{name}: is made of several tensors, so it cannot be sliced.")
         return found

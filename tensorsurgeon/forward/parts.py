@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -77,6 +78,12 @@ class Parts:
         self.sources: dict[Part, list[str]] = defaultdict(list)
         for source, (target, _) in self.targets.items():
             self.sources[self._part(target)].append(source)
+
+    def of(self, ckpt: Checkpoint) -> Parts:
+        """Return the parts of another checkpoint, of the same names, dtypes and shapes, in the same model."""
+        other = copy(self)
+        other.ckpt = ckpt
+        return other
 
     def plain(self, target: str) -> LazyTensor | None:
         """Return the tensor that a parameter is as it lies, or nothing where it is made of several or reordered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable
 
 import torch
@@ -22,6 +23,7 @@ class Shelf:
         self._room = running().memory // SHARE
         self._held: dict[Hashable, torch.Tensor] = {}
         self._filed: dict[Hashable, tuple[Span, torch.dtype, torch.Size]] = {}
+        self._free: dict[int, list[Span]] = defaultdict(list)
         self._scratch = Scratch()
 
     def put(self, key: Hashable, tensor: torch.Tensor) -> None:
@@ -31,7 +33,17 @@ class Shelf:
             self._held[key] = tensor.clone()
         else:
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            self._filed[key] = self._scratch.put(data), tensor.dtype, tensor.shape
+            free = self._free.get(len(data))
+            span = self._scratch.put(data, free.pop() if free else None)
+            self._filed[key] = span, tensor.dtype, tensor.shape
+
+    def drop(self, key: Hashable) -> None:
+        """Let go of a tensor; its place in the file is for the next of its size."""
+        if key in self._held:
+            self._room += self._held.pop(key).nbytes
+        else:
+            span, _, _ = self._filed.pop(key)
+            self._free[span.nbytes].append(span)
 
     def get(self, key: Hashable) -> torch.Tensor:
         """Return a tensor that was kept."""
