@@ -294,7 +294,7 @@ def test_a_dry_run_makes_nothing(tmp_path: Path, study: Path, monkeypatch: pytes
         ({"baseline": "base"}, "there is no variant 'base'. Did you mean 'baseline'?"),
         ({"bass": 1}, "there is no key 'bass' in a study. Did you mean 'base'?"),
         ({"repeats": 0}, "repeats: Input should be greater than or equal to 1"),
-        ({"engine": "llama.cpp"}, "engine: Input should be 'vllm' or 'transformers'"),
+        ({"engine": "llama.cpp"}, "engine: Input should be 'vllm', 'transformers' or 'stream'"),
         ({"variants": [{"a": 1}]}, "there is no value 'method' among the variants"),
         ({"steps": [{"pertub": {}}]}, "Did you mean 'perturb'?"),
         ({"steps": [{"drop-layers": {"layers": "{60-40%}"}}]}, "shares of the depth lie between 0 and 100 %"),

@@ -13,10 +13,10 @@ from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from tensorsurgeon.evaluate.engine import Engine, Generation, Sampling
+from tensorsurgeon.evaluate.engine import Engine, Foreseen, Generation, Prompt, Sampling
 from tensorsurgeon.evaluate.grading import find_script, first_position, is_right
-from tensorsurgeon.evaluate.measures import Loss, log_softmax, total
-from tensorsurgeon.evaluate.probing import Distributions, continuations, distribution, divergence_from
+from tensorsurgeon.evaluate.measures import Logits, Loss, log_softmax, total
+from tensorsurgeon.evaluate.probing import Distributions, continuations, distribution, divergence_from, several
 from tensorsurgeon.evaluate.questionnaire import Asked, Questionnaire, Windows
 from tensorsurgeon.evaluate.suite import Open, Prompted, Question
 
@@ -52,6 +52,7 @@ def ask(
             keep(_plain({"record": kind, "timestamp": datetime.now(UTC).isoformat(), **common, **fields}))
 
     found: Distributions = {}
+    engine.foresee(foreseen(asked, earlier, distributions))
     probes = [it for it in asked.suite.probes if distributions or ("probe", it.id) not in earlier]
     prompts = [asked.prompts[it.id].tokens for it in probes]
     for probe, logits in zip(probes, engine.next_logits(prompts), strict=True):
@@ -83,6 +84,27 @@ def ask(
         for it, generation in zip(batch, made, strict=True):
             record(it.kind, **whole, **it.tell(_generated(asked, it.sampling, generation)))
     return found
+
+
+def foreseen(asked: Questionnaire, earlier: Earlier, distributions: bool) -> Foreseen:
+    """Return what `ask` will have an engine compute of a suite, but for answers in words."""
+    new = {tuple(asked.prompts[it.id].tokens) for it in asked.suite.probes if ("probe", it.id) not in earlier}
+    logits = [asked.prompts[it.id].tokens for it in asked.suite.probes] if distributions else list(map(list, new))
+    scores = [
+        prompt
+        for text in asked.suite.texts
+        if ("text", text.id) not in earlier
+        for held in asked.windows[text.id]
+        for prompt in held.prompts
+    ]
+    if not asked.suite.least:
+        return Foreseen(logits, [*scores, *([*prompt, *tokens] for prompt in new for tokens in several(asked))])
+
+    def following(prompt: Prompt, logits: Logits) -> list[list[int]]:
+        found = several(asked, log_softmax(logits)) if tuple(prompt) in new else []
+        return [[*prompt, *tokens] for tokens in found]
+
+    return Foreseen(logits, scores, following)
 
 
 class _Answer(NamedTuple):

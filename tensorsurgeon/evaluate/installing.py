@@ -30,8 +30,9 @@ from tensorsurgeon.writer import write_plan
 DTYPES = {**TORCH, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 """The dtypes of models that are not quantised; only these are reloaded."""
 
-Built = Literal["source", "written", "reloaded"]
-"""How a model came into the engine: as it lies, from a checkpoint in the scratch directory, or into the one there."""
+Built = Literal["source", "written", "reloaded", "streamed"]
+"""How a model came into the engine: as it lies, from a checkpoint in the scratch directory, into the one there, or as
+it is planned, layer by layer."""
 Answer = Callable[[], bytes]
 """Asks the model in the engine, and returns what it answers to the last bit."""
 

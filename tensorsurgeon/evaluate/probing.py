@@ -23,15 +23,17 @@ def continuations(
     engine: Engine, prompt: Sequence[int], asked: Questionnaire, logprobs: Array
 ) -> dict[tuple[int, ...], float]:
     """Return the log probability of each variant of several tokens, by its tokens, but for those that cannot matter."""
+    given = several(asked, logprobs)
+    scores = engine.score([[*prompt, *tokens] for tokens in given]) if given else []
+    return {tokens: float(it.logprobs[-len(tokens) :].sum()) for tokens, it in zip(given, scores, strict=True)}
+
+
+def several(asked: Questionnaire, logprobs: Array | None = None) -> list[tuple[int, ...]]:
+    """Return the variants of several tokens, of which the log probabilities of the next token leave out some."""
     least = math.log(asked.suite.least) if asked.suite.least else -math.inf
+    given = dict.fromkeys(it.tokens for it in asked.variants if not it.single)
     # Not "less than": what NaN makes unknown is to be scored.
-    several = [
-        tokens
-        for tokens in dict.fromkeys(it.tokens for it in asked.variants if not it.single)
-        if not _at(logprobs, tokens[0]) < least
-    ]
-    scores = engine.score([[*prompt, *tokens] for tokens in several]) if several else []
-    return {tokens: float(it.logprobs[-len(tokens) :].sum()) for tokens, it in zip(several, scores, strict=True)}
+    return [it for it in given if logprobs is None or not _at(logprobs, it[0]) < least]
 
 
 def _at(logprobs: Array, token: int) -> float:

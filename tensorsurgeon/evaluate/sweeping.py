@@ -17,7 +17,7 @@ from tensorsurgeon.evaluate.asking import ask
 from tensorsurgeon.evaluate.choosing import make_engine
 from tensorsurgeon.evaluate.described import damage, layers_of
 from tensorsurgeon.evaluate.engine import Engine, Pictured, Prompt, Settings
-from tensorsurgeon.evaluate.installing import Installer, Subject
+from tensorsurgeon.evaluate.installing import Built, Installer, Subject
 from tensorsurgeon.evaluate.ledger import Ledger
 from tensorsurgeon.evaluate.probing import Distributions
 from tensorsurgeon.evaluate.questionnaire import Questionnaire
@@ -83,14 +83,14 @@ def _opened(location: str) -> Checkpoint:
     return open_checkpoint(location)
 
 
-def prepare(study: Study) -> tuple[Sweep, list[Row]]:
+def prepare(study: Study, suite: Suite | None = None) -> tuple[Sweep, list[Row]]:
     """Return a study with all that it is about, and a row for each variant: its layers, and its bytes where it is made.
 
     Raises:
         SurgeonError: with all steps that a model does not take.
     """
     _opened.cache_clear()
-    sweep = Sweep(study, load_suite(study.suite))
+    sweep = Sweep(study, suite or load_suite(study.suite))
     problems: list[SurgeonError] = []
     rows: dict[str, Row] = {}
     with run_under(running()._replace(planned=True)):
@@ -135,18 +135,19 @@ def run_sweep(sweep: Sweep, ledger: Ledger, engine: Engine, scratch: Path | None
     """Make and ask all models of a study of which records are missing; return what a user should know of it."""
     study = sweep.study
     lengths = [sweep.form(trial).length for trial in study.trials]
-    total, there = sum(sweep.form(trial).number for trial in study.trials), len(ledger.held)
+    total = sum(sweep.form(trial).number for trial in study.trials)
+    missing = sum(sweep.missing(trial, ledger) for trial in study.trials)
     base: Distributions | None = None
     notes: list[str] = []
     with (
         Installer(engine, max(lengths), scratch) as installer,
         progress_bar(total, study.name, running().quiet, "record") as advance,
     ):
-        advance(there)
+        advance(total - missing)
         for trial in study.trials:
             is_base = trial.variant == study.baseline and not trial.repeat
             # The distributions of the baseline are not kept: they are found again where any other is still missing.
-            if not sweep.missing(trial, ledger) and not (is_base and total > len(ledger.held)):
+            if not sweep.missing(trial, ledger) and not (is_base and missing):
                 continue
             for batch in _lower(engine.settings.batch):
                 try:
@@ -186,8 +187,20 @@ def _try(
         windows += [prompt for held in texts for prompt in held.prompts]
     prompts = [it.given for it in those[:PROVING]] or windows[:1]
     built = installer.install(subject, lambda: b"".join(it.tobytes() for it in engine.next_logits(prompts)))
+
+    def keep(record: Row) -> None:
+        ledger.keep(record)
+        advance(1)
+
+    earlier = ledger.earlier(trial.variant, trial.repeat)
+    about = told_of(sweep, trial, subject, ledger, built)
+    return ask(engine, form, about, keep, None if is_base else base, earlier, is_base, trial.seed)
+
+
+def told_of(sweep: Sweep, trial: Trial, subject: Subject, ledger: Ledger, built: Built) -> Row:
+    """Return what each record says of the model of a trial."""
     source = _opened(trial.source)
-    about = {
+    return {
         "study": sweep.study.name,
         "variant": trial.variant,
         "values": dict(trial.values),
@@ -200,13 +213,6 @@ def _try(
         "built": built,
         **damage(trial.steps, trial.values),
     }
-
-    def keep(record: Row) -> None:
-        ledger.keep(record)
-        advance(1)
-
-    earlier = ledger.earlier(trial.variant, trial.repeat)
-    return ask(engine, form, about, keep, None if is_base else base, earlier, is_base, trial.seed)
 
 
 def engine_for(study: Study, threads: int) -> Engine:

@@ -111,12 +111,17 @@ class OnePass:
                         for batch in node.parent.needed:
                             self.shelf.drop((node.parent, batch))
 
-    def answers(self) -> Iterator[tuple[int, Answered]]:
-        """Yield each model by its number, and what it answers; a head is held for all models that share it."""
+    def answers(self, scores: bool = True) -> Iterator[tuple[int, Answered]]:
+        """Yield each model by its number, and what it answers, with `scores` or without.
+
+        A head is held for all models that share it, the first model's first.
+        """
         for kin in self.paths.kin.values():
-            with kin.head.held(), torch.inference_mode():
+            with kin.head.held():
                 for model in kin.models:
-                    yield model, self._answer(model, kin.head)
+                    with torch.inference_mode():
+                        answered = self._answer(model, kin.head, scores)
+                    yield model, answered
 
     def _keep(self, node: Node, batch: int, states: torch.Tensor) -> None:
         if node.children:
@@ -147,11 +152,11 @@ class OnePass:
             total += each * (len(prompt) if prompt in wanted.whole else 1)
         return total
 
-    def _answer(self, model: int, head: Head) -> Answered:
+    def _answer(self, model: int, head: Head, scored: bool) -> Answered:
         wanted = self.paths.wanted[model]
         states = {prompt: self.shelf.get((model, prompt)) for prompt in wanted.prompts}
         logits: dict[Prompt, list[torch.Tensor]] = {prompt: [] for prompt in wanted.last}
-        scores = {prompt: Scoring(prompt) for prompt in wanted.whole}
+        scores = {prompt: Scoring(prompt) for prompt in wanted.whole if scored}
         for first, compute in head.sliced():
             for prompt, parts in logits.items():
                 parts.append(compute(states[prompt][:, -1:])[0, 0].float())

@@ -136,6 +136,8 @@ class Paths:
     def _add(self, model: int, kin: Kin, plain: Checkpoint) -> None:
         needed = {self.places[it][0] for it in self.wanted[model].prompts}
         kin.models.append(model)
+        if not needed:
+            return
         shell, parts = kin.shell, kin.shell.parts.of(plain)
         node = self.roots[kin.begins]
         node.needed |= needed

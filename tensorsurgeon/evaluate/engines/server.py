@@ -20,7 +20,16 @@ from typing import Any
 import numpy as np
 
 from tensorsurgeon.errors import EngineError
-from tensorsurgeon.evaluate.engine import Generation, Pictured, Prompt, Sampling, Scores, Settings, check_tokens
+from tensorsurgeon.evaluate.engine import (
+    Foreseen,
+    Generation,
+    Pictured,
+    Prompt,
+    Sampling,
+    Scores,
+    Settings,
+    check_tokens,
+)
 from tensorsurgeon.evaluate.measures import Logits
 
 TIMEOUT = 600
@@ -65,6 +74,9 @@ class ServerEngine:
     def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Refuse: a server keeps its model."""
         raise EngineError(f"{self.url}: a server keeps the model that it has.")
+
+    def foresee(self, foreseen: Foreseen) -> None:
+        """Do nothing: what is asked is computed when it is asked."""
 
     def generate(
         self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tensorsurgeon.errors import EngineError
-from tensorsurgeon.evaluate.engine import Generation, Pictured, Prompt, Sampling, Scores, Settings
+from tensorsurgeon.evaluate.engine import Foreseen, Generation, Pictured, Prompt, Sampling, Scores, Settings
 from tensorsurgeon.evaluate.measures import Logits
 from tensorsurgeon.evaluate.pictures import Processor, takes_pictures
 
@@ -63,6 +63,9 @@ class TransformersEngine:
     def reload(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Refuse: names in a checkpoint are not always those in the class."""
         raise EngineError("transformers: takes no other weights into a model that is there.")
+
+    def foresee(self, foreseen: Foreseen) -> None:
+        """Do nothing: what is asked is computed when it is asked."""
 
     def generate(
         self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]

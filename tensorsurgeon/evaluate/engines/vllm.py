@@ -15,7 +15,16 @@ import numpy as np
 
 from tensorsurgeon.checkpoint import open_checkpoint
 from tensorsurgeon.errors import EngineError
-from tensorsurgeon.evaluate.engine import Generation, Pictured, Prompt, Sampling, Scores, Settings, check_tokens
+from tensorsurgeon.evaluate.engine import (
+    Foreseen,
+    Generation,
+    Pictured,
+    Prompt,
+    Sampling,
+    Scores,
+    Settings,
+    check_tokens,
+)
 from tensorsurgeon.evaluate.engines.vllm_environment import (
     ENVIRONMENT,
     QUIET,
@@ -131,6 +140,9 @@ class VllmEngine:
             if isinstance(prompt, Pictured):
                 check_tokens("vLLM", prompt, output.prompt_token_ids)
         return done
+
+    def foresee(self, foreseen: Foreseen) -> None:
+        """Do nothing: what is asked is computed when it is asked."""
 
     def generate(
         self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]
