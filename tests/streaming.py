@@ -2,8 +2,8 @@
 
 usage: streaming.py MODE DIRECTORY MEGABYTES
 
-MODE is `stream`, or `whole` for transformers' own way. Prints the highest resident memory that was not backed by files,
-in megabytes above what it was before the model, and the seconds.
+MODE is `stream`, `engine` for the engine that streams, or `whole` for transformers' own way. Prints the highest resident
+memory that was not backed by files, in megabytes above what it was before the model, and the seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 import transformers
 
 import tensorsurgeon as ts
+from tensorsurgeon.evaluate.engine import Foreseen, Settings
+from tensorsurgeon.evaluate.engines.stream import StreamEngine
 from tensorsurgeon.forward.batches import make_batches
 from tensorsurgeon.forward.head import Head
 from tensorsurgeon.forward.stream import Stream
@@ -40,6 +42,15 @@ def streamed(directory: str) -> list[float]:
     head = Head(stream)
     with head.held():
         return [float(head.logits(head.normed(it)).mean()) for it in states]
+
+
+def asked(directory: str) -> list[float]:
+    """Return the same of the engine that streams, after it has scored the prompts too."""
+    engine = StreamEngine(Settings())
+    engine.load(Path(directory), 64)
+    engine.foresee(Foreseen(PROMPTS, PROMPTS))
+    assert all(len(it.logprobs) == len(prompt) - 1 for it, prompt in zip(engine.score(PROMPTS), PROMPTS, strict=True))
+    return [float(it.mean()) for it in engine.next_logits(PROMPTS)]
 
 
 def whole(directory: str) -> list[float]:
@@ -64,7 +75,7 @@ def main(mode: str, directory: str, megabytes: str) -> None:
     watcher.start()
     started = time.perf_counter()
     try:
-        means = {"stream": streamed, "whole": whole}[mode](directory)
+        means = {"stream": streamed, "engine": asked, "whole": whole}[mode](directory)
     finally:
         ended.set()
     print(json.dumps({"megabytes": (most[0] - before) / 1e6, "seconds": time.perf_counter() - started, "means": means}))
