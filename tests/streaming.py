@@ -2,8 +2,8 @@
 
 usage: streaming.py MODE DIRECTORY MEGABYTES
 
-MODE is `stream`, `engine` for the engine that streams, or `whole` for transformers' own way. Prints the highest resident
-memory that was not backed by files, in megabytes above what it was before the model, and the seconds.
+MODE is `stream`, `engine` for the engine that streams, or `whole` for transformers' own way. Prints the highest
+resident memory that was not backed by files, in megabytes above what it was before the model, and the seconds.
 """
 
 from __future__ import annotations
