@@ -101,6 +101,15 @@ def test_what_it_does_not_do_is_refused(tmp_path: Path) -> None:
         engine.score([[5, 100000]])
 
 
+def test_answers_by_chance_are_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnePass, "run", lambda *_: pytest.fail("layers were run"))
+    suite = tmp_path / "suite.yaml"
+    dreams = [{"group": "dreams", "texts": ["Amina had"], "temperature": 1.0}]
+    suite.write_text(yaml.safe_dump({**SUITE, "prompts": dreams}))
+    with pytest.raises(EngineError, match="no answers by chance"):
+        ts.exams.evaluate(str(MANNEQUIN / "bf16"), engine="stream", suite=str(suite))
+
+
 def test_it_is_never_taken_unasked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(choosing, "find_spec", lambda name: None if name == "vllm" else name)
     assert choosing.default_kind() == "transformers"

@@ -52,7 +52,7 @@ def ask(
             keep(_plain({"record": kind, "timestamp": datetime.now(UTC).isoformat(), **common, **fields}))
 
     found: Distributions = {}
-    engine.foresee(foreseen(asked, earlier, distributions))
+    engine.foresee(foreseen(asked, earlier, distributions, seed))
     probes = [it for it in asked.suite.probes if distributions or ("probe", it.id) not in earlier]
     prompts = [asked.prompts[it.id].tokens for it in probes]
     for probe, logits in zip(probes, engine.next_logits(prompts), strict=True):
@@ -86,8 +86,9 @@ def ask(
     return found
 
 
-def foreseen(asked: Questionnaire, earlier: Earlier, distributions: bool) -> Foreseen:
-    """Return what `ask` will have an engine compute of a suite, but for answers in words."""
+def foreseen(asked: Questionnaire, earlier: Earlier, distributions: bool, seed: int) -> Foreseen:
+    """Return what `ask` will have an engine compute of a suite."""
+    continued = [(it.prompt.given, it.sampling) for it in _answers(asked, seed) if (it.kind, it.id) not in earlier]
     new = {tuple(asked.prompts[it.id].tokens) for it in asked.suite.probes if ("probe", it.id) not in earlier}
     logits = [asked.prompts[it.id].tokens for it in asked.suite.probes] if distributions else list(map(list, new))
     scores = [
@@ -98,13 +99,14 @@ def foreseen(asked: Questionnaire, earlier: Earlier, distributions: bool) -> For
         for prompt in held.prompts
     ]
     if not asked.suite.least:
-        return Foreseen(logits, [*scores, *([*prompt, *tokens] for prompt in new for tokens in several(asked))])
+        scores += [[*prompt, *tokens] for prompt in new for tokens in several(asked)]
+        return Foreseen(logits, scores, continued=continued)
 
     def following(prompt: Prompt, logits: Logits) -> list[list[int]]:
         found = several(asked, log_softmax(logits)) if tuple(prompt) in new else []
         return [[*prompt, *tokens] for tokens in found]
 
-    return Foreseen(logits, scores, following)
+    return Foreseen(logits, scores, following, continued)
 
 
 class _Answer(NamedTuple):

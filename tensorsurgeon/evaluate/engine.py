@@ -99,11 +99,13 @@ class Foreseen(NamedTuple):
         logits: Prompts whose next token's logits will be asked for.
         scores: Prompts that will be scored.
         following: Which more are scored because of the logits after a prompt, where that depends on them.
+        continued: Prompts that will be continued, and how.
     """
 
     logits: Sequence[Prompt] = ()
     scores: Sequence[Prompt] = ()
     following: Callable[[Prompt, Logits], Sequence[Prompt]] | None = None
+    continued: Sequence[tuple[Prompt | Pictured, Sampling]] = ()
 
 
 class Engine(Protocol):
@@ -127,7 +129,11 @@ class Engine(Protocol):
         """Put other weights, torch tensors by their names in a checkpoint, into the model; its config stays."""
 
     def foresee(self, foreseen: Foreseen) -> None:
-        """Be told what will be asked of the model; only an engine that reads all of it for an answer need care."""
+        """Be told what will be asked of the model; only an engine that reads all of it for an answer need care.
+
+        Raises:
+            EngineError: for what the engine does not do.
+        """
 
     def generate(
         self, prompts: Sequence[Prompt | Pictured], sampling: Sampling, ends: Sequence[int]

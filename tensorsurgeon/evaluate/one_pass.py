@@ -72,7 +72,7 @@ class Together:
         models = []
         for trial, subject in zip(trials, self.subjects, strict=True):
             earlier = ledger.earlier(trial.variant, trial.repeat) if ledger else {}
-            models.append((subject.ckpt, foreseen(sweep.form(trial), earlier, _is_base(study, trial))))
+            models.append((subject.ckpt, foreseen(sweep.form(trial), earlier, _is_base(study, trial), trial.seed)))
         self.settings = Settings(study.dtype, study.batch, study.seed, running().threads)
         self.streaming = Streaming(models, self.settings)
 

@@ -72,6 +72,9 @@ def evaluate(
     A checkpoint that an engine would serve wrongly is refused first. Numbers that are none are a problem (exit
     status 3).
 
+    The engine `stream` has one layer in memory at a time. It reads the model once or twice for all probes and texts,
+    and once more for each token of an answer.
+
     Args:
         against: A second model to compare with, such as the one that it was made from; it is asked first.
         adapter: A LoRA adapter to apply to the model, in an engine of its own.
@@ -79,7 +82,8 @@ def evaluate(
         text: A file of text whose perplexity is measured too.
         tasks: Tasks of lm-evaluation-harness instead of a suite: names, or YAML files, with commas between them.
         limit: Of each task, ask only so many documents.
-        engine: What runs it; vLLM where it is installed, else transformers.
+        engine: What runs it; vLLM where it is installed, else transformers. `stream` is for models that are larger than
+            the memory.
         server: The URL of a server that has the model, instead; the model given tells its tokenizer.
         dtype: What is computed in; the head always in float32.
         batch: Most requests computed together; 1 gives the same bits whatever else is asked.

@@ -90,6 +90,8 @@ def _places(ckpt: Checkpoint) -> dict[Path, str]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
     return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 

@@ -57,7 +57,14 @@ class StreamEngine:
         raise EngineError("stream: takes no other weights into a model; it reads them where they lie.")
 
     def foresee(self, foreseen: Foreseen) -> None:
-        """Compute all that will be asked, in one pass over the model, or two."""
+        """Compute all that will be asked, in one pass over the model, or two, but for continuations.
+
+        Raises:
+            EngineError: for answers by chance, and for pictures.
+        """
+        for prompt, sampling in foreseen.continued:
+            _require_greedy(sampling)
+            _plain(prompt)
         found = self._compute(self._known.missing(foreseen))
         self._known.logits |= found.logits
         self._known.scores |= found.scores
@@ -70,8 +77,7 @@ class StreamEngine:
         Raises:
             EngineError: for answers by chance, and for pictures.
         """
-        if sampling.temperature:
-            raise EngineError("stream: gives no answers by chance; leave 'temperature' out, or name another engine.")
+        _require_greedy(sampling)
         started = time.perf_counter()
         given = [_plain(prompt) for prompt in prompts]
         made: list[list[int]] = [[] for _ in given]
@@ -130,6 +136,11 @@ def described(settings: Settings) -> dict[str, Any]:
         "seed": settings.seed,
         "logits": "raw",
     }
+
+
+def _require_greedy(sampling: Sampling) -> None:
+    if sampling.temperature:
+        raise EngineError("stream: gives no answers by chance; leave 'temperature' out, or name another engine.")
 
 
 def _plain(prompt: Prompt | Pictured) -> Prompt:
