@@ -49,11 +49,17 @@ def weights_identity(parts: Parts, number: int) -> str:
     return _digest(*told)
 
 
-def module_identity(layer: nn.Module) -> str:
-    """Return what stands for a layer's classes, their settings, and what they have computed for themselves."""
+def module_identities(layers: Sequence[nn.Module]) -> list[str]:
+    """Return for each layer what stands for its classes, their settings, and what they compute for themselves."""
+    return [_module_identity(layer, number, len(layers)) for number, layer in enumerate(layers)]
+
+
+def _module_identity(layer: nn.Module, number: int, depth: int) -> str:
     told = []
     for name, module in layer.named_modules():
         settings = {key: it for key, it in vars(module).items() if key not in NUMBERS and _is_plain(it)}
+        # Of a list with an entry for each layer, which a class may keep whole, only the own entry is the layer's.
+        settings |= {key: it[number] for key, it in settings.items() if isinstance(it, list) and len(it) == depth}
         told.append(f"{name} {type(module)} {sorted(settings.items(), key=repr)}")
         told += [f"{key} {_of(it, {})}" for key, it in module._buffers.items() if it is not None and not it.is_meta]
     return _digest(*told)

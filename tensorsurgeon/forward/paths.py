@@ -19,7 +19,7 @@ from tensorsurgeon.forward.identities import (
     call_identities,
     embedded_identity,
     layer_numbers,
-    module_identity,
+    module_identities,
     shell_identity,
     weights_identity,
 )
@@ -75,7 +75,7 @@ class Kin:
     def __init__(self, shell: Shell) -> None:
         self.shell = shell
         self.calls = call_identities(shell)
-        self.modules = [module_identity(it) for it in shell.skeleton.layers]
+        self.modules = module_identities(shell.skeleton.layers)
         self.head = Head(shell)
         self.begins = embedded_identity(shell)
         self.models: list[int] = []
