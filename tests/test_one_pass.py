@@ -18,7 +18,7 @@ from tensorsurgeon.errors import CheckpointError, RefusedError, SurgeonError, Us
 from tensorsurgeon.forward.one_pass import Answered, OnePass
 from tensorsurgeon.forward.paths import Wanted
 from tensorsurgeon.forward.shelf import Shelf
-from tensorsurgeon.ops import drop_layers, perturb, repeat_layers, reverse_layers, select_layers
+from tensorsurgeon.ops import drop_layers, perturb, repeat_layers, reverse_layers, select_layers, stitch
 from tensorsurgeon.running import Running, run_under
 
 DEPTH = 9
@@ -148,6 +148,24 @@ def test_a_reversal_takes_another_pass(plain: Path) -> None:
     assert OnePass([Wanted(source, ASKED)]).costs.passes == 1
     assert OnePass([Wanted(reverse_layers(source, "0-3"), ASKED)]).costs.passes == 1
     assert OnePass([Wanted(source, ASKED), Wanted(reverse_layers(source, "0-3"), ASKED)]).costs.passes == 2
+
+
+def test_quantised_weights_are_decoded_as_they_are_read(tmp_path: Path, fp8: Path) -> None:
+    source = ts.open(fp8)
+    models = [source, drop_layers(source, "2"), repeat_layers(source, "1")]
+    made, found = run(models)
+    assert (made.costs.passes, made.costs.layers) == (1, 4)
+    require_same([ts.ops.dequantize(it, "float32") for it in models], found, tmp_path)
+
+
+def test_stitches_share_the_layers_of_both_models(tmp_path: Path, plain: Path) -> None:
+    source = ts.open(plain)
+    ts.write(perturb(source, method="mult-gauss", level=0.1, group="mlp", seed=1), tmp_path / "other")
+    other = ts.open(tmp_path / "other")
+    cuts = [stitch(source, f"base:0-{at},other:{at + 1}-3", {"other": other}) for at in range(3)]
+    made, found = run([source, *cuts])
+    assert (made.costs.passes, made.costs.layers) == (1, 4 + 3)
+    require_same([source, *cuts], found, tmp_path)
 
 
 def test_models_are_run_only_on_what_they_are_asked(plain: Path) -> None:
