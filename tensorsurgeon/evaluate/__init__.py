@@ -8,6 +8,7 @@ digest.py        which bytes were asked
 tokens.py        texts as tokens, chats, and what each token spells
 suite.py suites/ what is asked, as YAML
 pictures.py      pictures in prompts, as a model's processor puts them
+suite_parts.py   each kind of thing that can be asked
 questionnaire.py a suite in the tokens of a model
 labels.py        the tokens that say yes, no, and other words
 probing.py       what a probe measures of the next token

@@ -34,6 +34,7 @@ from tensorsurgeon.evaluate.results import (
     QuestionRecord,
     Record,
     Results,
+    TaskRecord,
     TextRecord,
     Variant,
 )
@@ -95,6 +96,7 @@ def _measures(records: Iterable[Record], texts: Sequence[str | int]) -> Iterator
             yield f"{RIGHT}: {group}", _share(it.right for it in questions if it.prompt_group == group)
     for language in dict.fromkeys(it.language for it in kinds[BilingualRecord]):
         yield from _of_language(language, [it for it in kinds[BilingualRecord] if it.language == language])
+    yield from _of_tasks(kinds[TaskRecord])
     answers: list[OpenRecord] = kinds[OpenRecord]
     lengths = [it.tokens for it in answers if it.tokens is not None]
     if lengths:
@@ -113,6 +115,14 @@ def _of_probes(probes: Sequence[ProbeRecord]) -> Iterator[tuple[str, Number]]:
         masses = [it.mass[label] for it in probes if label in it.mass]
         known = [it for it in masses if it is not None]
         yield f"mass of {label}", None if broken or not known else fmean(known)
+
+
+def _of_tasks(records: Sequence[TaskRecord]) -> Iterator[tuple[str, Number]]:
+    scores = [score for it in records for score in it.scores]
+    for score in scores:
+        alike = [it for it in scores if (it.task, it.metric) == (score.task, score.metric)]
+        name = f"{score.task}: {score.metric}"
+        yield name if len(alike) == 1 else f"{name} ({score.filter})", score.value
 
 
 def _of_language(language: str, answers: Sequence[BilingualRecord]) -> Iterator[tuple[str, Number]]:

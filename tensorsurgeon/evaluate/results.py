@@ -118,12 +118,28 @@ class BilingualRecord(QuestionRecord):
     cjk: Number = None
 
 
+class Score(_Part):
+    """What a benchmark found by one metric, perhaps of a part of it."""
+
+    task: str
+    metric: str
+    filter: str
+    value: Number
+
+
+class TaskRecord(Record):
+    """The scores of a benchmark."""
+
+    scores: list[Score]
+
+
 KINDS: dict[str, type[Record]] = {
     "text": TextRecord,
     "probe": ProbeRecord,
     "open": OpenRecord,
     "question": QuestionRecord,
     "bilingual": BilingualRecord,
+    "task": TaskRecord,
 }
 
 
