@@ -443,7 +443,7 @@ def test_figures_are_drawn_of_all_charts(noise: Path, layers: Path, tmp_path: Pa
         ([2, 3], ("deleted", 0, 2)),
         ([0, 2], None),
         ([0, 0, 1, 2, 3], ("doubled", 0, 1)),
-        ([0, 1, 2, 1, 2, 3], ("doubled", 1, 2)),
+        ([0, 1, 2, 1, 2, 3], ("doubled as a block", 1, 2)),
         ([0, 1, 1, 2, 2, 3], ("doubled", 1, 2)),
         ([0, 0, 1, 2, 2, 3], None),
         ([0, 1, 1, 1, 2, 3], None),
@@ -456,6 +456,17 @@ def test_figures_are_drawn_of_all_charts(noise: Path, layers: Path, tmp_path: Pa
 )
 def test_what_a_selection_did_to_layers(kept: list[int] | None, expected: tuple[str, int, int] | None) -> None:
     assert layer_change(kept, 4) == expected
+
+
+def test_a_change_that_two_variants_make_is_drawn_once_and_blocks_apart(tmp_path: Path) -> None:
+    kept = {0: [0, 1, 2, 3], 1: [1, 2, 3], 2: [1, 2, 3], 3: [0, 1, 2], 4: [0, 1, 1, 2, 2, 3], 5: [0, 1, 2, 1, 2, 3]}
+    records = [text(it, 2.0 + it, layers=layers, source_layers=4) for it, layers in kept.items()]
+    findings = report(write_study(tmp_path / "twice", *records, variants=len(kept)))
+    (deleted,) = chart(findings, "By layer", "perplexity").panels
+    assert [(it.at, it.value) for it in deleted.series[0].points] == [(0, 3.0), (3, 5.0)]
+    assert [(it["change"], it["layers"], it["perplexity"]) for it in findings.tables["layers"]] == [
+        ("deleted", "0", 3.0), ("deleted", "3", 5.0), ("doubled", "1-2", 6.0), ("doubled as a block", "1-2", 7.0),
+    ]  # fmt: skip
 
 
 def test_geometric_levels_are_recognised_and_run_as_the_study_does(tmp_path: Path) -> None:

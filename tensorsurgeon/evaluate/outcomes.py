@@ -114,6 +114,15 @@ class StudyOutcomes:
         return [it for it in self.outcomes if it.measures]
 
     @property
+    def changed(self) -> list[tuple[LayerChange, Outcome]]:
+        """The variants that delete or double neighbouring layers, one of those that do so to the same ones."""
+        found: dict[LayerChange, Outcome] = {}
+        for it in self.measured:
+            if it.change:
+                found.setdefault(it.change, it)
+        return list(found.items())
+
+    @property
     def by_damage(self) -> list[Outcome]:
         """The variants of which there are records, the least damaged first."""
         return sorted(self.measured, key=lambda it: it.badness)

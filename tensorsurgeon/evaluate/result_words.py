@@ -70,7 +70,11 @@ def _damage(it: StudyOutcomes) -> Iterator[str]:
     if broken:
         yield f"{_count(len(broken), 'variant')} gave no numbers at times, the worst {broken[-1].name}."
     for kind in ("deleted", "doubled"):
-        single = [one.change.name for one in known if one.change and one.change.kind == kind and one.change.size == 1]
+        single = [
+            change.name
+            for change, one in sorted(it.changed, key=lambda pair: pair[1].badness)
+            if one in known and change.kind == kind and change.size == 1
+        ]
         if len(single) > 2:
             yield f"Of single layers {kind}, {single[0]} mattered least and {single[-1]} most."
     yield from _levels([one for one in it.measured if one.level])
