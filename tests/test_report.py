@@ -458,6 +458,28 @@ def test_what_a_selection_did_to_layers(kept: list[int] | None, expected: tuple[
     assert layer_change(kept, 4) == expected
 
 
+@pytest.mark.parametrize(
+    ("chosen", "order"), [(None, ["v0", "v1", "v2"]), ("kl", ["v0", "v2", "v1"]), ("right", ["v1", "v0", "v2"])]
+)
+def test_a_study_says_what_tells_of_damage(tmp_path: Path, chosen: str | None, order: list[str]) -> None:
+    records = [text(0, 2.0), text(1, 3.0), text(2, 4.0), probe(0, None), probe(1, 0.5), probe(2, 0.25)]
+    records += [question(0, True), question(1, True), question(2, False), question(0, False, group="logic")]
+    records += [question(1, True, group="logic"), question(2, False, group="logic")]
+    findings = report(write_study(tmp_path / "chosen", *records, damage=chosen))
+    rows = findings.tables["variants, the least damaged first"]
+    assert [it["variant"] for it in rows] == order
+    damage = {it["variant"]: it["damage"] for it in rows}
+    expected = {None: math.log(2), "kl": 0.25, "right": 0.5}[chosen]
+    assert damage["v2"] == pytest.approx(expected)
+
+
+def test_where_nothing_tells_of_damage_nothing_is_said_of_it(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "mute", text(0, 2.0, level_value=0.5), text(1, 3.0, level_value=1.0), damage="kl")
+    findings = report(study)
+    assert "damage" not in findings.summary[0].lower()
+    assert "damage" not in findings.tables["variants, the least damaged first"][0]
+
+
 def test_a_change_that_two_variants_make_is_drawn_once_and_blocks_apart(tmp_path: Path) -> None:
     kept = {0: [0, 1, 2, 3], 1: [1, 2, 3], 2: [1, 2, 3], 3: [0, 1, 2], 4: [0, 1, 1, 2, 2, 3], 5: [0, 1, 2, 1, 2, 3]}
     records = [text(it, 2.0 + it, layers=layers, source_layers=4) for it, layers in kept.items()]

@@ -75,7 +75,7 @@ LIGHT = (
     "evaluate/__init__", "evaluate/bilingual", "evaluate/choosing", "evaluate/digest", "evaluate/engine",
     "evaluate/grading", "evaluate/labels", "evaluate/layer_changes", "evaluate/ledger", "evaluate/outcome_measures",
     "evaluate/outcomes", "evaluate/result_charts", "evaluate/result_tables", "evaluate/result_words",
-    "evaluate/results", "evaluate/serving", "evaluate/study", "evaluate/suite",
+    "evaluate/records", "evaluate/results", "evaluate/serving", "evaluate/study", "evaluate/suite",
     "evaluate/suite_parts", "evaluate/tables",
     "exams/duplicates", "exams/evaluation", "exams/health", "exams/integrity", "exams/lines",
     "exams/overview", "exams/reporting", "exams/selection", "exams/streaming", "exams/sweeping",

@@ -22,7 +22,8 @@ sweeping.py      a study carried out
 installing.py    one model after the other in an engine
 described.py     what a record says of a variant
 ledger.py        the records of a study on disk
-results.py       these records read back
+records.py       the kinds of records
+results.py       all of a study read back
 outcomes.py outcome_measures.py layer_changes.py   what became of each variant
 result_tables.py result_charts.py result_words.py  what is told of that
 benchmarks.py    tasks of lm-evaluation-harness on the same engines

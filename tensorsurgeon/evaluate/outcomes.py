@@ -15,7 +15,8 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from tensorsurgeon.evaluate.layer_changes import LayerChange
-from tensorsurgeon.evaluate.results import Number, Results, Variant
+from tensorsurgeon.evaluate.records import Number, Variant
+from tensorsurgeon.evaluate.results import Results
 
 DAMAGE, PERPLEXITY, TIMES, DIVERGENCE, RIGHT = "damage", "perplexity", "times the baseline", "kl", "right"
 

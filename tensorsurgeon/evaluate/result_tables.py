@@ -17,7 +17,7 @@ from tensorsurgeon.evaluate.outcomes import (
     StudyOutcomes,
     spread_of,
 )
-from tensorsurgeon.evaluate.results import BilingualRecord, OpenRecord, ProbeRecord, QuestionRecord
+from tensorsurgeon.evaluate.records import BilingualRecord, OpenRecord, ProbeRecord, QuestionRecord
 from tensorsurgeon.notation import format_layers
 
 Rows = list[dict[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tensorsurgeon.evaluate.outcomes import DAMAGE, DIVERGENCE, PERPLEXITY, RIGHT, TIMES, Outcome, StudyOutcomes
-from tensorsurgeon.evaluate.results import Number
+from tensorsurgeon.evaluate.records import Number
 
 
 def summary_of(studies: Sequence[StudyOutcomes]) -> list[str]:
@@ -59,7 +59,7 @@ def _damage(it: StudyOutcomes) -> Iterator[str]:
     others = [one for one in it.by_damage if one is not it.baseline and one.spread(DAMAGE)]
     if others:
         yield f"Damage is {it.damage}."
-    if it.baseline and it.baseline.measures:
+    if it.baseline and _facts(it.baseline):
         yield f"The baseline has {_facts(it.baseline)}."
     broken = [one for one in others if one.broken]
     known = [one for one in others if not one.broken]
@@ -84,7 +84,7 @@ def _levels(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Yield for each method and part of the model the levels at both ends, and what became of the damage."""
     held: dict[tuple[str, str], list[tuple[float, Number]]] = {}
     for it in outcomes:
-        if it.level:
+        if it.level and DAMAGE in it.measures:
             held.setdefault((it.level.method, it.level.group), []).append((it.level.value, it.mean(DAMAGE)))
     for (method, group), pairs in held.items():
         if len(pairs) > 1:
@@ -112,7 +112,7 @@ def _facts(it: Outcome) -> str:
     times = it.mean(TIMES)
     if times is not None and times != 1:
         told.insert(len(names), f"{times:.3g} times the baseline's")
-    return ", ".join(told) or "no figure"
+    return ", ".join(told)
 
 
 def _count(number: int, what: str) -> str:
