@@ -386,9 +386,9 @@ def test_settings_of_run_are_laid_over_the_recipe(run: Run, plain: Path, tmp_pat
 def test_the_reference_has_every_operation_and_exam_with_every_parameter(run: Run) -> None:
     text = run("reference").out
     headings = [line for line in text.splitlines() if line.startswith("#### ")]
-    further = {"diff": " OTHER", "noise": " QUANTIZED"}
+    others = {"diff": "MODEL OTHER", "noise": "MODEL QUANTIZED", "report": "RESULTS...", "sweep": "STUDY"}
     operands = [(name, "SRC DEST") for name in OPERATIONS]
-    operands += [(name, f"MODEL{further.get(name, '')}") for name in EXAMS]
+    operands += [(name, others.get(name, "MODEL")) for name in EXAMS]
     operands += [("directions", "ACTIVATIONS OUT")]
     assert headings == [f"#### `{name} {operand}`" for name, operand in operands]
     for section, (name, _) in zip(text.split("#### ")[1:], operands, strict=True):

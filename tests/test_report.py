@@ -271,7 +271,8 @@ def test_a_killed_sweep_is_read_up_to_where_it_came(noise: Path, tmp_path: Path,
     findings = report(directory)
     assert findings.tables["study"][0]["records"] == part.count(b"\n")
     assert "The last line is cut off and was left out." in findings.summary[0]
-    assert "So far there are" in findings.summary[0]
+    so_far = "So far there are" if b"\n" in part else "There are no records yet."
+    assert so_far in findings.summary[0]
 
 
 def test_a_last_line_without_its_end_that_is_whole_counts(made: Path) -> None:
@@ -442,7 +443,7 @@ def test_figures_are_drawn_of_all_charts(noise: Path, layers: Path, tmp_path: Pa
         ([2, 3], ("deleted", 0, 2)),
         ([0, 2], None),
         ([0, 0, 1, 2, 3], ("doubled", 0, 1)),
-        ([0, 1, 2, 1, 2, 3], ("doubled", 1, 2)),
+        ([0, 1, 2, 1, 2, 3], ("doubled as a block", 1, 2)),
         ([0, 1, 1, 2, 2, 3], ("doubled", 1, 2)),
         ([0, 0, 1, 2, 2, 3], None),
         ([0, 1, 1, 1, 2, 3], None),
@@ -455,6 +456,39 @@ def test_figures_are_drawn_of_all_charts(noise: Path, layers: Path, tmp_path: Pa
 )
 def test_what_a_selection_did_to_layers(kept: list[int] | None, expected: tuple[str, int, int] | None) -> None:
     assert layer_change(kept, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "order"), [(None, ["v0", "v1", "v2"]), ("kl", ["v0", "v2", "v1"]), ("right", ["v1", "v0", "v2"])]
+)
+def test_a_study_says_what_tells_of_damage(tmp_path: Path, chosen: str | None, order: list[str]) -> None:
+    records = [text(0, 2.0), text(1, 3.0), text(2, 4.0), probe(0, None), probe(1, 0.5), probe(2, 0.25)]
+    records += [question(0, True), question(1, True), question(2, False), question(0, False, group="logic")]
+    records += [question(1, True, group="logic"), question(2, False, group="logic")]
+    findings = report(write_study(tmp_path / "chosen", *records, damage=chosen))
+    rows = findings.tables["variants, the least damaged first"]
+    assert [it["variant"] for it in rows] == order
+    damage = {it["variant"]: it["damage"] for it in rows}
+    expected = {None: math.log(2), "kl": 0.25, "right": 0.5}[chosen]
+    assert damage["v2"] == pytest.approx(expected)
+
+
+def test_where_nothing_tells_of_damage_nothing_is_said_of_it(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "mute", text(0, 2.0, level_value=0.5), text(1, 3.0, level_value=1.0), damage="kl")
+    findings = report(study)
+    assert "damage" not in findings.summary[0].lower()
+    assert "damage" not in findings.tables["variants, the least damaged first"][0]
+
+
+def test_a_change_that_two_variants_make_is_drawn_once_and_blocks_apart(tmp_path: Path) -> None:
+    kept = {0: [0, 1, 2, 3], 1: [1, 2, 3], 2: [1, 2, 3], 3: [0, 1, 2], 4: [0, 1, 1, 2, 2, 3], 5: [0, 1, 2, 1, 2, 3]}
+    records = [text(it, 2.0 + it, layers=layers, source_layers=4) for it, layers in kept.items()]
+    findings = report(write_study(tmp_path / "twice", *records, variants=len(kept)))
+    (deleted,) = chart(findings, "By layer", "perplexity").panels
+    assert [(it.at, it.value) for it in deleted.series[0].points] == [(0, 3.0), (3, 5.0)]
+    assert [(it["change"], it["layers"], it["perplexity"]) for it in findings.tables["layers"]] == [
+        ("deleted", "0", 3.0), ("deleted", "3", 5.0), ("doubled", "1-2", 6.0), ("doubled as a block", "1-2", 7.0),
+    ]  # fmt: skip
 
 
 def test_geometric_levels_are_recognised_and_run_as_the_study_does(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
         command, capture_output=True, text=True, timeout=600, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "notes" not in json.loads(done.stdout)["tables"]
+    assert "notes" not in json.loads(done.stdout)
     study, other = str(place / "study.yaml"), str(place / "transformers")
     ts.exams.sweep(study, set_=("engine=transformers",), results=other)
     return {engine: records(place / engine) for engine in ("vllm", "transformers")}

@@ -8,6 +8,7 @@ digest.py        which bytes were asked
 tokens.py        texts as tokens, chats, and what each token spells
 suite.py suites/ what is asked, as YAML
 pictures.py      pictures in prompts, as a model's processor puts them
+suite_parts.py   each kind of thing that can be asked
 questionnaire.py a suite in the tokens of a model
 labels.py        the tokens that say yes, no, and other words
 probing.py       what a probe measures of the next token
@@ -21,5 +22,9 @@ sweeping.py      a study carried out
 installing.py    one model after the other in an engine
 described.py     what a record says of a variant
 ledger.py        the records of a study on disk
+records.py       the kinds of records
+results.py       all of a study read back
+outcomes.py outcome_measures.py layer_changes.py   what became of each variant
+result_tables.py result_charts.py result_words.py  what is told of that
 benchmarks.py    tasks of lm-evaluation-harness on the same engines
 """

@@ -13,12 +13,13 @@ from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from tensorsurgeon.evaluate.benchmarks import run_task
 from tensorsurgeon.evaluate.engine import Engine, Foreseen, Generation, Prompt, Sampling
 from tensorsurgeon.evaluate.grading import find_script, first_position, is_right
 from tensorsurgeon.evaluate.measures import Logits, Loss, log_softmax, total
 from tensorsurgeon.evaluate.probing import Distributions, continuations, distribution, divergence_from, several
 from tensorsurgeon.evaluate.questionnaire import Asked, Questionnaire, Windows
-from tensorsurgeon.evaluate.suite import Open, Prompted, Question
+from tensorsurgeon.evaluate.suite_parts import Open, Prompted, Question
 
 Record = dict[str, Any]
 Keep = Callable[[Record], object]
@@ -76,6 +77,10 @@ def ask(
             "text", prompt_group="perplexity", prompt_id=text.id, texts=len(losses), tokens=loss.tokens, nats=loss.nats,
             perplexity=loss.perplexity, bits_per_byte=loss.bits_per_byte,
         )  # fmt: skip
+    for task in asked.suite.tasks:
+        if ("task", task.id) not in earlier:
+            scores = run_task(engine, asked.tokens, task, asked.room)
+            record("task", prompt_group="tasks", prompt_id=task.id, limit=task.limit, chat=task.chat, scores=scores)
     whole = {"perplexity": perplexity[0] if perplexity else None}
     for batch in _batches(_answers(asked, seed), engine.settings.batch):
         if all((it.kind, it.id) in earlier for it in batch):

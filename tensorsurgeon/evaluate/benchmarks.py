@@ -6,7 +6,8 @@ a user. Data files of the last two are found beside the YAML, so that they need 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 
 import yaml
 
-from tensorsurgeon.errors import UsageError
+from tensorsurgeon.errors import UsageError, raise_all
 from tensorsurgeon.evaluate.engine import Engine, Sampling
+from tensorsurgeon.evaluate.suite_parts import Task, is_yaml
 from tensorsurgeon.evaluate.tokens import Tokens
 
 PACKAGED = files("tensorsurgeon.evaluate") / "tasks"
 ANSWER = 256
 """Tokens of an answer where a task does not say how many, as the harness has it."""
+ROOM = 4096
+"""Tokens that a prompt of a task and its answer may take together, where the model has as many positions."""
 
 
 def packaged_tasks() -> list[str]:
@@ -28,36 +32,58 @@ def packaged_tasks() -> list[str]:
     return sorted(it.name.removesuffix(".yaml") for it in PACKAGED.iterdir() if it.name.endswith(".yaml"))
 
 
-def run_tasks(
-    engine: Engine, tokens: Tokens, tasks: Sequence[str], room: int, limit: int | None = None, chat: bool = False
-) -> list[dict[str, Any]]:
-    """Run tasks on the model that an engine has loaded, and return a row for each metric of each task.
-
-    `room` is what a prompt with its answer may take; longer prompts lose their beginning, as in the harness.
+def check_tasks(tasks: Iterable[Task]) -> None:
+    """See that the harness is there, and that it has all of some tasks.
 
     Raises:
-        UsageError: where the harness is not installed, and for tasks that it does not have.
+        UsageError: with all that is wrong.
     """
-    if not find_spec("lm_eval"):
+    given = list(tasks)
+    if given and not find_spec("lm_eval"):
         raise UsageError('tasks need lm-evaluation-harness: pip install "tensorsurgeon[lm-eval]".')
+    problems: list[str] = []
+    for it in given:
+        try:
+            named = _task(it.task)
+        except UsageError as problem:
+            problems += problem.problems
+            continue
+        if isinstance(named, str) and named not in _manager(True).all_tasks:
+            ours = ", ".join(packaged_tasks())
+            problems.append(f"tasks: there is none of the name {named!r}; of this package there are {ours}.")
+    raise_all(UsageError, problems)
+
+
+def run_task(engine: Engine, tokens: Tokens, task: Task, room: int) -> list[dict[str, Any]]:
+    """Run a task on the model that an engine has loaded, and return a score for each of its metrics.
+
+    `room` is what a prompt with its answer may take; longer prompts lose their beginning, as in the harness.
+    """
     import datasets
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
-    named: list[Any] = [_task(name) for name in tasks]
-    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in named))
-    unknown = [name for name in named if isinstance(name, str) and name not in manager.all_tasks]
-    if unknown:
-        raise UsageError(
-            f"tasks: there is none of the name {', '.join(map(repr, unknown))}; of this package there are "
-            f"{', '.join(packaged_tasks())}."
-        )
+    named = _task(task.task)
     found = simple_evaluate(
-        _model(engine, tokens, room), tasks=named, task_manager=manager, limit=limit, bootstrap_iters=0,
-        log_samples=False, apply_chat_template=chat,
+        _model(engine, tokens, room), tasks=[named], task_manager=_manager(isinstance(named, str)), limit=task.limit,
+        bootstrap_iters=0, log_samples=False, apply_chat_template=task.chat,
     )  # fmt: skip
-    return list(_rows(found or {}))
+    return list(_scores(found or {}))
+
+
+def task_files(task: str) -> list[Path]:
+    """Return the files of a task that is one: its own, and its data."""
+    data = _read(Path(task))
+    held = (data.get("dataset_kwargs") or {}).get("data_files") or {}
+    return [Path(task), *(Path(it) for it in (held.values() if isinstance(held, dict) else ()))]
+
+
+@cache
+def _manager(defaults: bool) -> Any:
+    """Return what finds tasks; that of the harness's own reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults)
 
 
 def _task(name: str) -> str | dict[str, Any]:
@@ -65,8 +91,7 @@ def _task(name: str) -> str | dict[str, Any]:
     if name in packaged_tasks():
         with as_file(PACKAGED / f"{name}.yaml") as path:
             return _read(path)
-    path = Path(name)
-    return _read(path) if path.suffix in (".yaml", ".yml") else name
+    return _read(Path(name)) if is_yaml(name) else name
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -85,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _scores(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     samples = found.get("n-samples", {})
     for task, metrics in found.get("results", {}).items():
         for key, value in metrics.items():

@@ -3,7 +3,7 @@
 Damage is, of each repetition, how much longer a text is to the variant than to the baseline: the difference of log
 perplexities in nats a token. Of several texts it is the one that the baseline reads best: what it cannot read itself
 tells nothing of what was lost. Where there is no text, damage is the mean divergence of the probes from the baseline's,
-else the share of right answers that was lost.
+else the share of right answers that was lost. A study may say which of the three it means.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from tensorsurgeon.evaluate.outcomes import (
     Outcome,
     StudyOutcomes,
 )
-from tensorsurgeon.evaluate.results import (
+from tensorsurgeon.evaluate.records import (
     BilingualRecord,
     Number,
     OpenRecord,
     ProbeRecord,
     QuestionRecord,
     Record,
-    Results,
+    Study,
+    TaskRecord,
     TextRecord,
     Variant,
 )
+from tensorsurgeon.evaluate.results import Results
 
 Measures = dict[str, dict[int, Number]]
 
@@ -50,7 +52,7 @@ def outcomes_of(results: Results) -> StudyOutcomes:
     variants = results.study.variants
     measured = {it.name: _by_measure(held[it.name], texts) for it in variants}
     perplexities = [PERPLEXITY if len(texts) == 1 else f"{PERPLEXITY} of {it}" for it in texts]
-    damage = _add_damage(measured, perplexities, results.study.baseline)
+    damage = _add_damage(measured, perplexities, results.study)
     axes = _axes(variants)
     found = [
         _outcome(
@@ -95,6 +97,7 @@ def _measures(records: Iterable[Record], texts: Sequence[str | int]) -> Iterator
             yield f"{RIGHT}: {group}", _share(it.right for it in questions if it.prompt_group == group)
     for language in dict.fromkeys(it.language for it in kinds[BilingualRecord]):
         yield from _of_language(language, [it for it in kinds[BilingualRecord] if it.language == language])
+    yield from _of_tasks(kinds[TaskRecord])
     answers: list[OpenRecord] = kinds[OpenRecord]
     lengths = [it.tokens for it in answers if it.tokens is not None]
     if lengths:
@@ -115,6 +118,14 @@ def _of_probes(probes: Sequence[ProbeRecord]) -> Iterator[tuple[str, Number]]:
         yield f"mass of {label}", None if broken or not known else fmean(known)
 
 
+def _of_tasks(records: Sequence[TaskRecord]) -> Iterator[tuple[str, Number]]:
+    scores = [score for it in records for score in it.scores]
+    for score in scores:
+        alike = [it for it in scores if (it.task, it.metric) == (score.task, score.metric)]
+        name = f"{score.task}: {score.metric}"
+        yield name if len(alike) == 1 else f"{name} ({score.filter})", score.value
+
+
 def _of_language(language: str, answers: Sequence[BilingualRecord]) -> Iterator[tuple[str, Number]]:
     yield f"{RIGHT} in {language}", _share(it.right for it in answers)
     for unit, places in (("word", [it.answer_word for it in answers]), ("token", [it.answer_token for it in answers])):
@@ -128,10 +139,11 @@ def _share(values: Iterable[bool]) -> float:
     return fmean(map(float, values))
 
 
-def _add_damage(measured: Mapping[str, Measures], perplexities: Sequence[str], baseline: str | None) -> str:
+def _add_damage(measured: Mapping[str, Measures], perplexities: Sequence[str], study: Study) -> str:
     """Add the damage of each variant to its measures, and return what it is, in words."""
+    wanted, baseline = study.damage, study.baseline
     read = _best_read(measured, perplexities, baseline)
-    if read:
+    if read and wanted in (None, "perplexity"):
         logs = {
             name: {place: math.log(value) if value else None for place, value in of[read].items()}
             for name, of in measured.items() if read in of
@@ -145,7 +157,7 @@ def _add_damage(measured: Mapping[str, Measures], perplexities: Sequence[str], b
                 measured[name][TIMES] = {place: _power(value) for place, value in damage.items()}
         above = " above the baseline's, in nats a token" if base is not None else ""
         return f"log {read}{above}"
-    if any(DIVERGENCE in it for it in measured.values()):
+    if wanted in (None, "kl") and any(DIVERGENCE in it for it in measured.values()):
         if baseline and DIVERGENCE not in measured[baseline]:
             # Nothing diverges from itself.
             measured[baseline][DIVERGENCE] = dict.fromkeys(measured[baseline].get("entropy", ()), 0.0)
@@ -156,7 +168,7 @@ def _add_damage(measured: Mapping[str, Measures], perplexities: Sequence[str], b
     asked = sorted(
         {name for it in measured.values() for name in it if name == RIGHT or name.startswith(f"{RIGHT} in ")}
     )
-    if not asked:
+    if not asked or wanted not in (None, "right"):
         return ""
     shares = {name: _mean_of([it[one] for one in asked if one in it]) for name, it in measured.items()}
     whole = _mean(shares[baseline].values()) if baseline else None

@@ -15,7 +15,8 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from tensorsurgeon.evaluate.layer_changes import LayerChange
-from tensorsurgeon.evaluate.results import Number, Results, Variant
+from tensorsurgeon.evaluate.records import Number, Variant
+from tensorsurgeon.evaluate.results import Results
 
 DAMAGE, PERPLEXITY, TIMES, DIVERGENCE, RIGHT = "damage", "perplexity", "times the baseline", "kl", "right"
 
@@ -112,6 +113,15 @@ class StudyOutcomes:
     def measured(self) -> list[Outcome]:
         """The variants of which there are records."""
         return [it for it in self.outcomes if it.measures]
+
+    @property
+    def changed(self) -> list[tuple[LayerChange, Outcome]]:
+        """The variants that delete or double neighbouring layers, one of those that do so to the same ones."""
+        found: dict[LayerChange, Outcome] = {}
+        for it in self.measured:
+            if it.change:
+                found.setdefault(it.change, it)
+        return list(found.items())
 
     @property
     def by_damage(self) -> list[Outcome]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tensorsurgeon.errors import UsageError, raise_all
+from tensorsurgeon.evaluate.benchmarks import ROOM, check_tasks
 from tensorsurgeon.evaluate.bilingual import LANGUAGES, problems
 from tensorsurgeon.evaluate.engine import Picture, Pictured, Prompt
 from tensorsurgeon.evaluate.labels import find_variants
 from tensorsurgeon.evaluate.pictures import Processor, read_picture
-from tensorsurgeon.evaluate.suite import Form, Prompted, Suite, Text
+from tensorsurgeon.evaluate.suite import Suite
+from tensorsurgeon.evaluate.suite_parts import Form, Prompted, Text
 from tensorsurgeon.evaluate.tokens import Tokens
 
 
@@ -55,7 +57,10 @@ class Questionnaire:
                     text = problem.text(test.wordings[language])
                     self.translated[place, language] = self._put(text, None, test.form)
         needed = dict(self._needed())
-        self.length = max(needed.values())
+        # A task's prompts are not known before they are asked, and are cut to what there is room for.
+        check_tasks(suite.tasks)
+        self.room = min(most or ROOM, ROOM) if suite.tasks else 0
+        self.length = max([*needed.values(), self.room])
         if most:
             raise_all(UsageError, (
                 f"{name}: takes {length} tokens with its answer, and the model has {most} positions."

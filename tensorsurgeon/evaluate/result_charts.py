@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 from tensorsurgeon.charts import Chart, Kind, Panel, Point, Series
+from tensorsurgeon.evaluate.layer_changes import LayerChange
 from tensorsurgeon.evaluate.outcome_measures import is_geometric
 from tensorsurgeon.evaluate.outcomes import DAMAGE, PERPLEXITY, TIMES, Outcome, Spread, StudyOutcomes
 
@@ -97,11 +98,8 @@ def _layer_panels(studies: Sequence[Named], measure: str) -> Iterator[Panel]:
             for size, held in sizes.items():
                 if len(held) < 2 or (size > 1 and len(sizes) > 1):
                     continue
-                points = [
-                    _point(change.first, study, it, measure, f"{change.name} {kind}")
-                    for it in held if (change := it.change)
-                ]  # fmt: skip
-                ticks = [(it.change.first, it.change.name) for it in held if it.change]
+                points = [_point(change.first, study, it, measure, f"{change.name} {kind}") for change, it in held]
+                ticks = [(change.first, change.name) for change, _ in held]
                 what = kind if size == 1 else f"{kind}, {size} layers at a time"
                 yield Panel(
                     _joined(title, what), [Series("", _ordered(points))], sorted(ticks), _baseline(study, measure)
@@ -115,7 +113,7 @@ def _window_panels(studies: Sequence[Named], measure: str) -> Iterator[Panel]:
                 continue
             series = [
                 Series(f"{size} layer{'s' * (size > 1)}", _ordered(
-                    _point(it.change.first, study, it, measure, f"{it.change.name} {kind}") for it in held if it.change
+                    _point(change.first, study, it, measure, f"{change.name} {kind}") for change, it in held
                 ))
                 for size, held in sorted(sizes.items())
             ]  # fmt: skip
@@ -123,12 +121,11 @@ def _window_panels(studies: Sequence[Named], measure: str) -> Iterator[Panel]:
             yield Panel(_joined(title, kind), series, [(it, str(it)) for it in starts])
 
 
-def _sizes(study: StudyOutcomes) -> dict[str, dict[int, list[Outcome]]]:
+def _sizes(study: StudyOutcomes) -> dict[str, dict[int, list[tuple[LayerChange, Outcome]]]]:
     """Return the variants that delete or double neighbouring layers, by that and by how many."""
-    found: dict[str, dict[int, list[Outcome]]] = {}
-    for it in study.measured:
-        if it.change:
-            found.setdefault(it.change.kind, {}).setdefault(it.change.size, []).append(it)
+    found: dict[str, dict[int, list[tuple[LayerChange, Outcome]]]] = {}
+    for change, it in study.changed:
+        found.setdefault(change.kind, {}).setdefault(change.size, []).append((change, it))
     return found
 
 

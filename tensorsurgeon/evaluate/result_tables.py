@@ -17,7 +17,7 @@ from tensorsurgeon.evaluate.outcomes import (
     StudyOutcomes,
     spread_of,
 )
-from tensorsurgeon.evaluate.results import BilingualRecord, OpenRecord, ProbeRecord, QuestionRecord
+from tensorsurgeon.evaluate.records import BilingualRecord, OpenRecord, ProbeRecord, QuestionRecord
 from tensorsurgeon.notation import format_layers
 
 Rows = list[dict[str, Any]]
@@ -124,7 +124,7 @@ def _levels(studies: Sequence[StudyOutcomes]) -> Rows:
 
 def _layers(studies: Sequence[StudyOutcomes]) -> Rows:
     columns = _columns(studies)
-    found = [(it.change, it, study) for study in studies for it in study.measured if it.change]
+    found = [(change, it, study) for study in studies for change, it in study.changed]
     return [
         {
             **_named(studies, study),

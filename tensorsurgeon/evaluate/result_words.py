@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tensorsurgeon.evaluate.outcomes import DAMAGE, DIVERGENCE, PERPLEXITY, RIGHT, TIMES, Outcome, StudyOutcomes
-from tensorsurgeon.evaluate.results import Number
+from tensorsurgeon.evaluate.records import Number
 
 
 def summary_of(studies: Sequence[StudyOutcomes]) -> list[str]:
@@ -59,7 +59,7 @@ def _damage(it: StudyOutcomes) -> Iterator[str]:
     others = [one for one in it.by_damage if one is not it.baseline and one.spread(DAMAGE)]
     if others:
         yield f"Damage is {it.damage}."
-    if it.baseline and it.baseline.measures:
+    if it.baseline and _facts(it.baseline):
         yield f"The baseline has {_facts(it.baseline)}."
     broken = [one for one in others if one.broken]
     known = [one for one in others if not one.broken]
@@ -70,7 +70,11 @@ def _damage(it: StudyOutcomes) -> Iterator[str]:
     if broken:
         yield f"{_count(len(broken), 'variant')} gave no numbers at times, the worst {broken[-1].name}."
     for kind in ("deleted", "doubled"):
-        single = [one.change.name for one in known if one.change and one.change.kind == kind and one.change.size == 1]
+        single = [
+            change.name
+            for change, one in sorted(it.changed, key=lambda pair: pair[1].badness)
+            if one in known and change.kind == kind and change.size == 1
+        ]
         if len(single) > 2:
             yield f"Of single layers {kind}, {single[0]} mattered least and {single[-1]} most."
     yield from _levels([one for one in it.measured if one.level])
@@ -80,7 +84,7 @@ def _levels(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Yield for each method and part of the model the levels at both ends, and what became of the damage."""
     held: dict[tuple[str, str], list[tuple[float, Number]]] = {}
     for it in outcomes:
-        if it.level:
+        if it.level and DAMAGE in it.measures:
             held.setdefault((it.level.method, it.level.group), []).append((it.level.value, it.mean(DAMAGE)))
     for (method, group), pairs in held.items():
         if len(pairs) > 1:
@@ -108,7 +112,7 @@ def _facts(it: Outcome) -> str:
     times = it.mean(TIMES)
     if times is not None and times != 1:
         told.insert(len(names), f"{times:.3g} times the baseline's")
-    return ", ".join(told) or "no figure"
+    return ", ".join(told)
 
 
 def _count(number: int, what: str) -> str:

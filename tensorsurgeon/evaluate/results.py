@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from tensorsurgeon.errors import ResultsError, UsageError, nearest, raise_all
+from tensorsurgeon.evaluate.records import KINDS, Record, Study
 
 STUDY, RECORDS = "study.json", "records.jsonl"
 TOLD = 12
@@ -25,106 +26,6 @@ NOTEBOOK_FIELDS = (
     "batch_size", "perplexity",
 )  # fmt: skip
 """What notebooks of the degradation study look up in each record; what a record lacks is null there."""
-
-Number = float | None
-"""A number, or nothing where a model gave none."""
-
-
-class _Part(BaseModel):
-    """What is not read is left out, so that a later sweep may say more."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
-
-
-class Variant(_Part):
-    """A model of a study: its name, the values that it was made with, and the steps that made it."""
-
-    name: str
-    values: dict[str, Any] = {}
-    source: str | None = None
-    steps: list[Any] = []
-    base: str | None = None
-
-
-class Study(_Part):
-    """What was swept: the source, the variants in their order, and how often each was made."""
-
-    name: str
-    about: str | None = None
-    source: str
-    suite: str
-    repeats: int = Field(1, ge=1)
-    seed: int = 0
-    baseline: str | None = None
-    variants: list[Variant]
-    tensorsurgeon: str | None = None
-
-
-class Record(_Part):
-    """What all records tell: which variant, in which repetition, was asked what."""
-
-    record: str
-    variant: str
-    repeat_index: int = Field(ge=0)
-    prompt_id: str | int
-    prompt_group: str = ""
-    layers: list[int] | None = None
-    source_layers: int | list[int] | None = None
-    degradation_method: str | None = None
-    level_value: Number = None
-    param_group_name: str | None = None
-
-
-class TextRecord(Record):
-    """The perplexity of a text."""
-
-    perplexity: Number
-
-
-class ProbeRecord(Record):
-    """The distribution of the next token after a prompt."""
-
-    mass: dict[str, Number]
-    contrast: list[str] = []
-    contrast_mass: Number = None
-    contrast_ratio: Number = None
-    entropy_nats: Number
-    kl: Number = None
-
-
-class OpenRecord(Record):
-    """An answer that is kept as it is."""
-
-    output: str
-    prompt_text: str = ""
-    tokens: int | None = None
-    ended: bool | None = None
-
-
-class QuestionRecord(OpenRecord):
-    """An answer that is right or wrong."""
-
-    right: bool
-    expected: list[str] = []
-
-
-class BilingualRecord(QuestionRecord):
-    """An answer to a problem that is asked in several languages."""
-
-    language: str
-    answer_word: int | None = None
-    answer_token: int | None = None
-    answer_language: str | None = None
-    cjk: Number = None
-
-
-KINDS: dict[str, type[Record]] = {
-    "text": TextRecord,
-    "probe": ProbeRecord,
-    "open": OpenRecord,
-    "question": QuestionRecord,
-    "bilingual": BilingualRecord,
-}
 
 
 class Results(NamedTuple):

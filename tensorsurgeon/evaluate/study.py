@@ -8,6 +8,7 @@
     steps:
       - drop-layers: {layers: "{layers}"}
     variant: without {layers}          # what each is called; its values one after the other if not given
+    damage: perplexity                 # or kl, or right: what tells of damage; the first that is measured if not given
     baseline: baseline                 # what the others are compared with; the first without steps if not given
     repeats: 1                         # each is made and asked so often, with the seeds `seed`, `seed` + 1, ...
     seed: 42                           # `{seed}` and `{repeat}` stand for them in steps
@@ -33,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tensorsurgeon.checkpoint import Step
 from tensorsurgeon.errors import UsageError, nearest, raise_all
 from tensorsurgeon.evaluate.engine import Dtype, Kind
+from tensorsurgeon.evaluate.records import Damage
 from tensorsurgeon.recipe import depth_of, lay_over, read_steps
 from tensorsurgeon.variants import expanded
 from tensorsurgeon.yaml_lines import Reader
@@ -51,6 +53,7 @@ class _Data(BaseModel):
     steps: list[Any] = []
     variants: list[dict[str, Any]] = Field(min_length=1)
     variant: str | None = None
+    damage: Damage | None = None
     baseline: str | None = None
     repeats: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -97,6 +100,7 @@ class Study:
     about: str
     source: str
     trials: tuple[Trial, ...]
+    damage: Damage | None
     baseline: str | None
     repeats: int
     seed: int
@@ -113,7 +117,7 @@ class Study:
 
     def recorded(self) -> dict[str, Any]:
         """Return all that decides what is found, as plain data; a seed of a step is that of the first repetition."""
-        kept = ("name", "about", "source", "baseline", "repeats", "seed", "suite", "dtype")
+        kept = ("name", "about", "source", "damage", "baseline", "repeats", "seed", "suite", "dtype")
         variants = [trial.recorded() for trial in self.trials if not trial.repeat]
         return {**{key: getattr(self, key) for key in kept}, "variants": variants}
 
@@ -149,6 +153,7 @@ def load_study(path: str | Path, settings: Iterable[str] = (), results: str | No
         given.about,
         given.source,
         tuple(sorted(trials, key=lambda it: it.variant != baseline)),
+        given.damage,
         baseline,
         given.repeats,
         given.seed,

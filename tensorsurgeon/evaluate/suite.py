@@ -10,6 +10,7 @@
     open: [{id: walk, group: long-form, text: Describe a walk in the rain., tokens: 256}]
     prompts: [{group: dreams, texts: [Tell me of a dream., Describe a dream.], tokens: 350, temperature: 1.0}]
              # `image: FILE` in `open` and `prompts` shows a picture before the text, to models that take pictures
+    tasks: [{task: arc_easy, limit: 200}] # of lm-evaluation-harness: by name, or a YAML file with its data
     bilingual: {seed: 7}               # with the wordings of the suite bilingual, which is to be extended then
 
 Files are found beside the suite. All that is wrong in a suite is said at once.
@@ -21,108 +22,30 @@ import os.path
 from collections.abc import Iterator, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from tensorsurgeon.errors import UsageError, nearest, raise_all
-from tensorsurgeon.evaluate.bilingual import EACH, POOL, SEED, unworded
-from tensorsurgeon.evaluate.grading import Match
+from tensorsurgeon.evaluate.bilingual import unworded
+from tensorsurgeon.evaluate.suite_parts import (
+    Bilingual,
+    Open,
+    Part,
+    Probe,
+    Prompted,
+    Prompts,
+    Question,
+    Task,
+    Text,
+    is_yaml,
+)
 from tensorsurgeon.yaml_lines import Reader
 
-Form = Literal["chat", "completion"]
 PACKAGED = files("tensorsurgeon.evaluate") / "suites"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Prompted(_Part):
-    """What is asked in words: in a group, as a chat, perhaps with a system prompt, or as a text to go on with."""
-
-    id: str = Field(min_length=1)
-    group: str = Field(min_length=1)
-    text: str = Field(min_length=1)
-    system: str | None = None
-    form: Form = "chat"
-
-
-class Probe(Prompted):
-    """A prompt whose next token is measured: all labels, and one set of them against another."""
-
-    contrast: tuple[str, str] = ("affirm", "deny")
-
-
-class Question(Prompted):
-    """A prompt whose greedy answer is right or wrong."""
-
-    answers: tuple[str, ...] = Field(min_length=1)
-    match: Match = "number"
-    tokens: int = Field(default=32, ge=1)
-
-
-class Open(Prompted):
-    """A prompt whose answer is kept as it is: greedy, or by chance from the seed, else from that of the run.
-
-    An `image` is a file with a picture, which stands before the text of a chat.
-    """
-
-    image: str | None = None
-    tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=0.0, ge=0)
-    seed: int | None = None
-
-
-class Prompts(_Part):
-    """A group of prompts that are answered alike, numbered from 1: `dreams-1`, `dreams-2` and so on.
-
-    All of them are about the same `image`, where there is one.
-    """
-
-    group: str = Field(min_length=1)
-    texts: tuple[str, ...] = Field(min_length=1)
-    system: str | None = None
-    form: Form = "chat"
-    image: str | None = None
-    tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=0.0, ge=0)
-    seed: int | None = None
-
-    @property
-    def each(self) -> Iterator[Open]:
-        """Each of them by itself."""
-        shared = self.model_dump(exclude={"texts"})
-        return (Open(id=f"{self.group}-{place}", text=text, **shared) for place, text in enumerate(self.texts, 1))
-
-
-class Text(_Part):
-    """A text, or several, whose perplexity is measured, in windows of so many tokens.
-
-    `split: lines` takes each line of a file by itself.
-    """
-
-    id: str = Field(min_length=1)
-    file: str | None = None
-    texts: tuple[str, ...] = ()
-    split: Literal["none", "lines"] = "none"
-    window: int = Field(default=512, ge=2)
-
-
-class Bilingual(_Part):
-    """Problems in English and Chinese from a seed, in wordings for each language and kind.
-
-    What extends the suite `bilingual` has its wordings.
-    """
-
-    seed: int = SEED
-    each: int = Field(default=EACH, ge=1, le=POOL)
-    tokens: int = Field(default=128, ge=1)
-    form: Form = "completion"
-    wordings: Mapping[str, Mapping[str, str]]
-
-
-class Suite(_Part):
+class Suite(Part):
     """What is asked of a model.
 
     A spelling of several tokens is scored where its first token has at least the probability `least`; of others it is
@@ -139,12 +62,13 @@ class Suite(_Part):
     questions: tuple[Question, ...] = ()
     open: tuple[Open, ...] = ()
     prompts: tuple[Prompts, ...] = ()
+    tasks: tuple[Task, ...] = ()
     bilingual: Bilingual | None = None
 
     @property
-    def asked(self) -> tuple[Prompted | Text, ...]:
+    def asked(self) -> tuple[Prompted | Text | Task, ...]:
         """All that has an id."""
-        return (*self.probes, *self.texts, *self.questions, *self.all_open)
+        return (*self.probes, *self.texts, *self.questions, *self.all_open, *self.tasks)
 
     @property
     def all_open(self) -> tuple[Open, ...]:
@@ -155,6 +79,16 @@ class Suite(_Part):
 def packaged() -> list[str]:
     """Return the names of the suites that come with the package."""
     return sorted(it.name.removesuffix(".yaml") for it in PACKAGED.iterdir() if it.name.endswith(".yaml"))
+
+
+def files_in(data: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each part of a suite, as plain data, that names a file, and the key under which it does."""
+    for part, key in (("texts", "file"), ("open", "image"), ("prompts", "image"), ("tasks", "task")):
+        entries = data.get(part)
+        for entry in entries if isinstance(entries, list) else ():
+            name = entry.get(key) if isinstance(entry, dict) else None
+            if isinstance(name, str) and (key != "task" or is_yaml(name)):
+                yield entry, key
 
 
 def load_suite(name: str) -> Suite:
@@ -175,7 +109,7 @@ def load_suite(name: str) -> Suite:
 def _read(name: str, within: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
     """Return the data of a suite, with those that it extends laid under it, and its label."""
     path = Path(name)
-    is_file = path.suffix in (".yaml", ".yml") or path.is_file()
+    is_file = is_yaml(name) or path.is_file()
     if not is_file and name not in packaged():
         raise UsageError(
             f"suite: there is none of the name {name!r}; there are {', '.join(packaged())}, or name a YAML file."
@@ -192,14 +126,11 @@ def _read(name: str, within: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]
     raise_all(UsageError, reader.problems)
     if not isinstance(data, dict):
         raise UsageError(f"{name}: is no mapping of what is asked; see 'quick' for one.")
-    for part, key in (("texts", "file"), ("open", "image"), ("prompts", "image")):
-        entries = data.get(part)
-        for entry in entries if isinstance(entries, list) else ():
-            if isinstance(entry, dict) and isinstance(entry.get(key), str):
-                entry[key] = _beside(entry[key], path if is_file else None)
+    for entry, key in files_in(data):
+        entry[key] = _beside(entry[key], path if is_file else None)
     data.setdefault("name", path.stem)
     under = data.pop("extends", None)
-    if isinstance(under, str) and under.endswith((".yaml", ".yml")):
+    if isinstance(under, str) and is_yaml(under):
         under = os.path.normpath(path.parent / under)
     return (_laid(_read(str(under), (*within, name))[0], data) if under else data), name
 

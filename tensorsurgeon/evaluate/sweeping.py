@@ -14,6 +14,7 @@ from typing import Any
 from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
 from tensorsurgeon.errors import DestinationError, OutOfMemoryError, SurgeonError, UsageError
 from tensorsurgeon.evaluate.asking import ask
+from tensorsurgeon.evaluate.benchmarks import task_files
 from tensorsurgeon.evaluate.choosing import make_engine
 from tensorsurgeon.evaluate.described import damage, layers_of
 from tensorsurgeon.evaluate.engine import Engine, Pictured, Prompt, Settings
@@ -22,7 +23,7 @@ from tensorsurgeon.evaluate.ledger import Ledger
 from tensorsurgeon.evaluate.probing import Distributions
 from tensorsurgeon.evaluate.questionnaire import Questionnaire
 from tensorsurgeon.evaluate.study import Study, Trial
-from tensorsurgeon.evaluate.suite import Suite, load_suite
+from tensorsurgeon.evaluate.suite import Suite, files_in, load_suite
 from tensorsurgeon.evaluate.tokens import Tokens
 from tensorsurgeon.plan import make_plan
 from tensorsurgeon.progress import progress_bar
@@ -48,10 +49,9 @@ class Sweep:
     def recorded(self) -> Row:
         """Return the study as plain data, with all that is asked: of files their digests, wherever they lie."""
         asked = self.suite.model_dump(mode="json")
-        for part, key in (("texts", "file"), ("open", "image"), ("prompts", "image")):
-            for entry in asked[part]:
-                if entry[key] is not None:
-                    entry[key] = hashlib.sha256(Path(entry[key]).read_bytes()).hexdigest()
+        for entry, key in files_in(asked):
+            files = task_files(entry[key]) if key == "task" else [Path(entry[key])]
+            entry[key] = hashlib.sha256(b"".join(it.read_bytes() for it in files)).hexdigest()
         return {**self.study.recorded(), "asked": asked}
 
     def subject(self, trial: Trial) -> Subject:

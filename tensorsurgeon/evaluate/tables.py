@@ -37,6 +37,7 @@ def tables_of(records: Sequence[Record]) -> dict[str, Rows]:
         "perplexity": _perplexity(texts),
         "right answers": _right(questions),
         "bilingual": summary([dict(it) for it in bilingual]),
+        "tasks": [{"model": it["model_name"], **score} for it in kinds.get("task", []) for score in it["scores"]],
         "answers": [_question(it) for it in questions],
         "long answers": [_open(it) for it in kinds.get("open", [])],
         "bilingual answers": [_bilingual(it) for it in bilingual],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,16 +12,14 @@ from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
 from tensorsurgeon.errors import DestinationError, RefusedError, UsageError, raise_all
 from tensorsurgeon.evaluate.choosing import make_engine
 from tensorsurgeon.evaluate.engine import Dtype, Engine, Kind, Settings
-from tensorsurgeon.evaluate.suite import Suite, Text, load_suite
+from tensorsurgeon.evaluate.suite import Suite, load_suite
+from tensorsurgeon.evaluate.suite_parts import Task, Text
 from tensorsurgeon.evaluate.tables import SHOWN, problems_of, tables_of
 from tensorsurgeon.exams.integrity import faults
 from tensorsurgeon.parameters import Count, File, Location, Words
 from tensorsurgeon.progress import progress_bar
 from tensorsurgeon.registry import Findings, exam
 from tensorsurgeon.running import running
-
-ROOM = 4096
-"""Tokens that a prompt of a task and its answer may take together, where the model has as many positions."""
 
 
 class Subject(NamedTuple):
@@ -92,17 +90,22 @@ def evaluate(
     """
     if server and (engine or against):
         raise UsageError("server: has one model, and is its own engine: leave out --against and --engine.")
-    asked = None if tasks else _with_text(load_suite(suite), text)
+    if limit and not tasks:
+        raise UsageError("limit: counts documents of tasks; name them with --tasks.")
+    asked = _suite_of(tasks, limit) if tasks else load_suite(suite)
+    asked = _with_text(asked, text)
     subjects = _subjects(model, against, adapter)
     raise_all(RefusedError, (f"{it.directory}: {fault}" for it in subjects for fault in _faults(it)))
     runner = make_engine(engine, Settings(dtype, batch, seed, running().threads), server)
     try:
         with _kept(records) as keep:
-            if asked is None:
-                return _run_tasks(runner, subjects, tasks or (), limit, keep)
             return _ask_all(runner, subjects, asked, keep)
     finally:
         runner.close()
+
+
+def _suite_of(tasks: Iterable[str], limit: int | None) -> Suite:
+    return Suite(name="tasks", tasks=tuple(Task(task=it, limit=limit) for it in tasks))
 
 
 def _with_text(suite: Suite, text: str | None) -> Suite:
@@ -181,23 +184,3 @@ def _about(subject: Subject) -> dict[str, Any]:
 
     adapter = {"adapter_digest": checkpoint_digest(subject.adapter)} if subject.adapter else {}
     return {"model_name": subject.name, "digest": checkpoint_digest(subject.ckpt), **adapter}
-
-
-def _run_tasks(
-    runner: Engine,
-    subjects: list[Subject],
-    tasks: tuple[str, ...],
-    limit: int | None,
-    keep: Callable[[dict[str, Any]], None],
-) -> Findings:
-    from tensorsurgeon.evaluate.benchmarks import run_tasks
-    from tensorsurgeon.evaluate.tokens import Tokens
-
-    rows: list[dict[str, Any]] = []
-    for subject in subjects:
-        room = min(subject.most or ROOM, ROOM)
-        runner.load(subject.directory, room, subject.adapter_directory)
-        for row in run_tasks(runner, Tokens(subject.directory), tasks, room, limit):
-            keep({"record": "task", **_about(subject), "engine": runner.describe(), **row})
-            rows.append({"model": subject.name, **row})
-    return Findings({"tasks": rows})

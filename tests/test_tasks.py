@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 import tensorsurgeon as ts
-from tensorsurgeon.errors import UsageError
+from tensorsurgeon.errors import DestinationError, UsageError
 from tensorsurgeon.evaluate import benchmarks
 from tensorsurgeon.evaluate.engine import Settings
 from tensorsurgeon.evaluate.engines.transformers import TransformersEngine
+from tensorsurgeon.evaluate.suite_parts import Task
 from tensorsurgeon.evaluate.tokens import Tokens
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
@@ -101,7 +102,8 @@ def test_tasks_that_come_along_give_what_the_harness_finds_with_its_own_engine(
 
     names = benchmarks.packaged_tasks()
     assert names == ["plain-facts", "small-sums"]
-    rows = benchmarks.run_tasks(engine, Tokens(MANNEQUIN / "bf16"), names, ROOM, limit=16)
+    tokens = Tokens(MANNEQUIN / "bf16")
+    rows = [row for it in names for row in benchmarks.run_task(engine, tokens, Task(task=it, limit=16), ROOM)]
     tasks: list[Any] = [benchmarks._task(name) for name in names]
     expected = lm_eval.simple_evaluate(
         own, tasks=tasks, limit=16, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False)
@@ -122,7 +124,7 @@ def test_the_exam_gives_a_row_for_each_metric_of_each_model(tmp_path: Path) -> N
         ("bf16", "exact_match"), ("tuned", "exact_match"),
     ]  # fmt: skip
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
-    assert [(it["record"], it["task"], it["engine"]["engine"]) for it in records] == [
+    assert [(it["record"], it["prompt_id"], it["engine"]["engine"]) for it in records] == [
         ("task", "small-sums", "transformers")
     ] * 2
 
@@ -140,9 +142,54 @@ def test_a_task_of_the_user_holds_no_code_and_has_its_data(
 ) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UsageError, match=problem):
-        benchmarks.run_tasks(engine, Tokens(MANNEQUIN / "bf16"), [str(tmp_path / "mine.yaml")], ROOM)
+        benchmarks.check_tasks([Task(task=str(tmp_path / "mine.yaml"))])
 
 
-def test_an_unknown_task_is_refused(engine: TransformersEngine) -> None:
-    with pytest.raises(UsageError, match=r"none of the name 'no-such-task'; of this package there are plain-facts"):
-        benchmarks.run_tasks(engine, Tokens(MANNEQUIN / "bf16"), ["no-such-task"], ROOM)
+def test_unknown_tasks_are_refused_together_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        ts.exams.evaluate(str(MANNEQUIN / "bf16"), tasks="no-such-task,small-sums,nor-this", engine="transformers")
+    first, second = caught.value.problems
+    assert (
+        first == "tasks: there is none of the name 'no-such-task'; of this package there are plain-facts, small-sums."
+    )
+    assert "'nor-this'" in second
+    with pytest.raises(UsageError, match="limit: counts documents of tasks"):
+        ts.exams.evaluate(str(MANNEQUIN / "bf16"), limit=4)
+
+
+def test_a_sweep_asks_tasks_of_every_variant_and_reports_their_scores(tmp_path: Path) -> None:
+    task = "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: mine.jsonl}}\ntest_split: test\n"
+    task += (
+        "output_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_target: 0\ndoc_to_choice: [' more', ' xyz']\n"
+    )
+    (tmp_path / "mine.yaml").write_text(task)
+    lines = [json.dumps({"text": f"Amina had {number} coins and found {number}"}) for number in range(10, 14)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    (tmp_path / "suite.yaml").write_text("name: mine\ntasks: [{task: small-sums, limit: 4}, {task: mine.yaml}]\n")
+    study = {
+        "source": str(MANNEQUIN / "bf16"), "suite": str(tmp_path / "suite.yaml"), "engine": "transformers",
+        "variants": [
+            {"variant": "baseline", "steps": []},
+            {"variant": "headless", "steps": [{"drop-layers": {"layers": "0"}}]},
+        ],
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    swept = ts.exams.sweep(str(tmp_path / "study.yaml"), results=str(tmp_path / "results"))
+    rows = {row["variant"]: row for row in swept.tables["variants, the least damaged first"]}
+    alone = ts.exams.evaluate(str(MANNEQUIN / "bf16"), suite=str(tmp_path / "suite.yaml"), engine="transformers")
+    scores = {(row["task"], row["metric"]): row["value"] for row in alone.tables["tasks"]}
+    assert rows["baseline"]["small-sums: exact_match"] == scores["small-sums", "exact_match"] > 0
+    assert rows["baseline"]["mine: acc"] == scores["mine", "acc"] == 1
+    assert rows["headless"]["small-sums: exact_match"] == 0
+
+    records = tmp_path / "results" / "records.jsonl"
+    before = records.read_text().splitlines(keepends=True)
+    assert len(before) == 4
+    records.write_text("".join(before[:3]))
+    ts.exams.sweep(str(tmp_path / "study.yaml"), results=str(tmp_path / "results"))
+    after = [json.loads(line) for line in records.read_text().splitlines()]
+    assert after[:3] == [json.loads(line) for line in before[:3]]
+    assert after[3]["scores"] == json.loads(before[3])["scores"]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines[:3]))
+    with pytest.raises(DestinationError, match=r"asked\.tasks\.1\.task"):
+        ts.exams.sweep(str(tmp_path / "study.yaml"), results=str(tmp_path / "results"))
