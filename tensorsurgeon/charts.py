@@ -7,7 +7,11 @@ stands below them, is settled here, logarithmic axes too: `ticks` are places wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Literal, NamedTuple
+
+WIDE = 10
+"""Values are drawn on a logarithmic scale where the largest is this many times a middling one."""
 
 Kind = Literal["curves", "bars", "rows", "stack", "map"]
 """Curves with a band around them; bars upward; bars to the right, one a row; rows of shares on each other; cells."""
@@ -50,6 +54,15 @@ class Chart(NamedTuple):
     """Whether a logarithmic scale suits the values better."""
     small: float | None = None
     """A magnitude below which that scale is linear, so that it can have zero and both signs; none needs neither."""
+
+
+def scaled(title: str, measure: str, kind: Kind, axis: str, panels: Sequence[Panel], has_zero: bool = True) -> Chart:
+    """Return a chart with the scale that suits its values; those of which none comes near zero need none."""
+    values = [it.value for panel in panels for series in panel.series for it in series.points]
+    sizes = sorted(abs(it) for it in values if it) or [1.0]
+    # A scale of more than a thousandfold would make much of what is next to nothing.
+    near_zero = max(sizes[len(sizes) // 20], sizes[-1] / 1000)
+    return Chart(title, measure, kind, axis, panels, sizes[-1] > WIDE * median(sizes), near_zero if has_zero else None)
 
 
 class Pivot(NamedTuple):

@@ -32,7 +32,7 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def read_span(span: Span, into: bytearray | None = None) -> Buffer:
+def read_span(span: Span, into: bytearray | memoryview | None = None) -> Buffer:
     """Read a span of a file into new memory, or into some that is large enough.
 
     Raises:

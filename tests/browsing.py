@@ -54,17 +54,17 @@ class Browser:
             time.sleep(0.05)
         return found
 
-    def hover(self, role: int, layer: int) -> str:
-        """Rest the mouse on a cell of the first model, and return what is said of it."""
-        self.to_cell(role, layer).perform()
-        return str(self.wait(lambda: self.text("#heatmap .hoverlayer")))
+    def hover(self, role: int, layer: int, plot: str = "#heatmap") -> str:
+        """Rest the mouse on a cell of a plot, of the heatmap's first model, and return what is said of it."""
+        self.to_cell(role, layer, plot).perform()
+        return str(self.wait(lambda: self.text(f"{plot} .hoverlayer")))
 
-    def to_cell(self, role: int, layer: int) -> ActionChains:
-        """Return the move of the mouse to a cell of the first model."""
+    def to_cell(self, role: int, layer: int, plot: str = "#heatmap") -> ActionChains:
+        """Return the move of the mouse to a cell of a plot."""
         place = self.run(
-            "(() => { const it = document.getElementById('heatmap'), box = it.getBoundingClientRect(),"
-            " { xaxis: x, yaxis: y } = it._fullLayout; it.scrollIntoView();"
+            f"(() => {{ const it = document.querySelector({plot!r}); it.scrollIntoView({{ block: 'center' }});"
+            " const box = it.getBoundingClientRect(), { xaxis: x, yaxis: y } = it._fullLayout;"
             f" return [x._offset + x.l2p({layer}) - box.width / 2, y._offset + y.l2p({role}) - box.height / 2]; }})()"
         )
         moves = ActionChains(self.driver, duration=50)
-        return moves.move_to_element_with_offset(self.find("#heatmap")[0], *map(int, place))
+        return moves.move_to_element_with_offset(self.find(plot)[0], *map(int, place))

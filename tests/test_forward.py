@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, LAYERS, VOCABULARY, load
+from architectures import ARCHITECTURES, LAYERS, VOCABULARY, WINDOW, load
 from architectures import make as make_architecture
 
 import make
@@ -47,6 +47,12 @@ def prompts(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[
 def batches() -> list[Batch]:
     """Return two batches, one of them filled up on the left by more than a window."""
     return make_batches(prompts(30, 17), 2) + make_batches(prompts(24, seed=1))
+
+
+def test_rows_are_filled_up_by_more_than_the_windows() -> None:
+    padded, _ = batches()
+    assert int((padded.mask == 0).sum()) > WINDOW["sliding_window"]
+    assert min(int(it.mask.sum(1).min()) for it in batches()) > WINDOW["sliding_window"]
 
 
 def whole(model: Any, stream: Stream, batch: Batch) -> Any:
@@ -188,9 +194,16 @@ def drop(directory: Path, part: str) -> None:
     make.save(directory, kept, json.loads((directory / "config.json").read_text()))
 
 
-def test_a_missing_layer_is_told_before_any_work(plain: Path) -> None:
-    drop(plain, "model.layers.2.mlp")
-    with pytest.raises(CheckpointError, match=r"Qwen3ForCausalLM misses model\.layers\.2\.mlp\.down_proj\.weight, "):
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("model.layers.2.mlp", r"misses model\.layers\.2\.mlp\.down_proj\.weight, "),
+        ("model.layers.2.", r"misses model\.layers\.2\.input_layernorm\.weight, .* and \d+ more"),
+    ],
+)
+def test_a_missing_layer_is_told_before_any_work(plain: Path, part: str, told: str) -> None:
+    drop(plain, part)
+    with pytest.raises(CheckpointError, match=told):
         Stream(ts.open(plain), batches())
 
 

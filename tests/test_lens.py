@@ -86,7 +86,7 @@ def test_the_last_layer_says_what_the_model_says(found: Findings) -> None:
     last = [row for row in found.tables["lens"] if row["depth"] == 6]
     assert all(row["kl"] == 0 and row["final rank"] == 1 and row["final p"] == row["p"] for row in last)
     (model,) = found.tables["model"]
-    assert model["last layer"].endswith("bit for bit")
+    assert model["last layer"] == "bit for bit"
     assert (model["layers"], model["norm"], model["norm has beta"], model["batch"]) == (6, "Qwen3RMSNorm", False, 1)
 
 
@@ -184,7 +184,7 @@ def test_a_page_pictures_tables_and_json(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(rows[0]["top tokens"]) == told["lens"][0]["top tokens"]
     assert (tmp_path / "csv" / "next-token.csv").exists()
     pictures = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert {"bits-by-depth.png", "lens-prompt-1-bf16.png", "lens-prompt-1-tuned.svg"} <= pictures
+    assert {"by-depth-entropy-bits.png", "lens-prompt-1-bf16.png", "lens-prompt-1-tuned.svg"} <= pictures
     assert (tmp_path / "lens.html").stat().st_size > 10**6
 
 

@@ -92,7 +92,7 @@ def test_records_are_those_of_an_ordinary_sweep_to_the_bit(tmp_path: Path, least
 def test_answers_in_words_are_left_out_where_that_is_asked(tmp_path: Path) -> None:
     study = write(tmp_path, {**SUITE, "questions": QUESTIONS})
     with pytest.raises(
-        UsageError, match=r"answers in words.*: questions \(1\)\. Leave them out with --without-answers"
+        UsageError, match=r"asks for answers.*: questions \(1\)\. Leave them out with --without-answers"
     ):
         ts.exams.sweep(study, one_pass=True)
     assert not (tmp_path / "results").exists()
@@ -182,7 +182,8 @@ def test_states_that_do_not_fit_on_the_disk_are_told_before_the_work(
     ("suite", "changes", "message"),
     [
         ({"questions": QUESTIONS}, {}, "one pass measures nothing else"),
-        ({**SUITE, "bilingual": {}, "extends": "bilingual"}, {}, "answers in words"),
+        ({**SUITE, "bilingual": {}, "extends": "bilingual"}, {}, "asks for answers"),
+        ({**SUITE, "tasks": [{"task": "small-sums"}]}, {}, r"tasks \(1\)"),
         (SUITE, {"base": str(MANNEQUIN / "bf16")}, "are streamed without adapters"),
     ],
 )

@@ -55,9 +55,9 @@ def test_every_number_is_that_of_numpy(prompts: str, states: list[np.ndarray]) -
         alike = cosines(states[row["layer"]], states[row["layer"] + 1])
         assert row["influence"] == pytest.approx(1 - alike.mean(), rel=1e-5)
         assert row["angular distance"] == pytest.approx((np.arccos(alike) / np.pi).mean(), rel=1e-5)
-    assert len(found.tables["distances"]) == 21
-    for row in found.tables["distances"]:
-        before, after = states[row["layer"]], states[row["last"] + 1]
+    assert len(found.tables["blocks"]) == 21
+    for row in found.tables["blocks"]:
+        before, after = states[row["first"]], states[row["first"] + row["removes"]]
         assert row["angular distance"] == pytest.approx((np.arccos(cosines(before, after)) / np.pi).mean(), rel=1e-5)
         assert row["cka"] == pytest.approx(alignment(before, after), rel=1e-5)
 
@@ -66,7 +66,7 @@ def test_the_block_that_changes_least_is_told_for_each_size(prompts: str) -> Non
     found = ts.exams.similarity(ts.open(MANNEQUIN / "bf16"), prompts)
     assert [row["removes"] for row in found.tables["least"]] == [1, 2, 3, 4, 5]
     for row in found.tables["least"]:
-        sizes = [it for it in found.tables["distances"] if it["last"] - it["layer"] + 1 == row["removes"]]
+        sizes = [it for it in found.tables["blocks"] if it["removes"] == row["removes"]]
         assert row["angular distance"] == min(it["angular distance"] for it in sizes)
         left = ts.ops.drop_layers(ts.open(MANNEQUIN / "bf16"), row["drop-layers"])
         assert left.layers.count == 6 - row["removes"]
@@ -74,7 +74,7 @@ def test_the_block_that_changes_least_is_told_for_each_size(prompts: str) -> Non
 
 def test_one_size_and_the_last_position_alone(prompts: str, states: list[np.ndarray]) -> None:
     found = ts.exams.similarity(ts.open(MANNEQUIN / "bf16"), prompts, position="last", block=2)
-    assert [(row["layer"], row["last"]) for row in found.tables["distances"]] == [(it, it + 1) for it in range(5)]
+    assert [row["drop-layers"] for row in found.tables["blocks"]] == ["0-1", "1-2", "2-3", "3-4", "4-5"]
     assert found.tables["model"][0]["samples"] == 2
 
 

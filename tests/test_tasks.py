@@ -12,6 +12,7 @@ import tensorsurgeon as ts
 from tensorsurgeon.errors import DestinationError, UsageError
 from tensorsurgeon.evaluate import benchmarks
 from tensorsurgeon.evaluate.engine import Settings
+from tensorsurgeon.evaluate.engines.stream import StreamEngine
 from tensorsurgeon.evaluate.engines.transformers import TransformersEngine
 from tensorsurgeon.evaluate.suite_parts import Task
 from tensorsurgeon.evaluate.tokens import Tokens
@@ -113,6 +114,18 @@ def test_tasks_that_come_along_give_what_the_harness_finds_with_its_own_engine(
     for (task, metric), value in found.items():
         assert value == expected[task][metric]
     assert {row["documents"] for row in rows} == {16}
+
+
+def test_a_streamed_model_reads_its_layers_once_for_all_answers_to_choose_from(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed, passes = StreamEngine(Settings()), []
+    streamed.load(MANNEQUIN / "bf16", ROOM)
+    compute = streamed._compute
+    monkeypatch.setattr(streamed, "_compute", lambda it: passes.append(len(it.scores)) or compute(it))
+    task, tokens = Task(task="plain-facts", limit=4), Tokens(MANNEQUIN / "bf16")
+    assert benchmarks.run_task(streamed, tokens, task, ROOM) == benchmarks.run_task(engine, tokens, task, ROOM)
+    assert [it for it in passes if it] == [sum(passes)]
 
 
 def test_the_exam_gives_a_row_for_each_metric_of_each_model(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from tensorsurgeon.errors import UsageError, raise_all
-from tensorsurgeon.evaluate.engine import Engine, Sampling
+from tensorsurgeon.evaluate.engine import Engine, Foreseen, Sampling
 from tensorsurgeon.evaluate.suite_parts import Task, is_yaml
 from tensorsurgeon.evaluate.tokens import Tokens
 
@@ -154,14 +154,19 @@ def _model(engine: Engine, tokens: Tokens, room: int) -> Any:
             )  # fmt: skip
 
         def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-            return [self._scored(context, answer) for _, context, answer in requests]
+            given = [(context, answer) for _, context, answer in requests]
+            engine.foresee(Foreseen(scores=[self._cut(*it) for it in given if it[1]]))
+            return [self._scored(*it) for it in given]
 
         def _scored(self, context: Sequence[int], answer: Sequence[int]) -> tuple[float, bool]:
             if not answer:
                 return 0.0, True
-            # The engine makes a token behind the prompt, which needs a place too.
-            (scores,) = engine.score([[*context, *answer][-(room - 1) :]])
+            (scores,) = engine.score([self._cut(context, answer)])
             return float(scores.logprobs[-len(answer) :].sum()), bool(scores.greedy[-len(answer) :].all())
+
+        def _cut(self, context: Sequence[int], answer: Sequence[int]) -> list[int]:
+            # The engine makes a token behind the prompt, which needs a place too.
+            return [*context, *answer][-(room - 1) :]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             return [self._rolled(text) for (text,) in (request.args for request in requests)]

@@ -33,21 +33,21 @@ CONFIRMED = "confirmed"
 
 
 def without_answers(suite: Suite) -> Suite:
-    """Return a suite without what is answered in words."""
-    return suite.model_copy(update={"questions": (), "open": (), "prompts": (), "bilingual": None})
+    """Return a suite without what is answered in words, and without benchmarks, many of whose answers are."""
+    return suite.model_copy(update={"questions": (), "open": (), "prompts": (), "bilingual": None, "tasks": ()})
 
 
 def require_streamable(study: Study, suite: Suite) -> None:
     """See that a study can be carried out in one pass.
 
     Raises:
-        UsageError: for a suite that asks for answers in words, or for nothing else, and for adapters.
+        UsageError: for a suite that asks for answers in words or tasks, or for nothing else, and for adapters.
     """
     parts = {"questions": len(suite.questions), "open": len(suite.open), "prompts": len(suite.prompts),
-             "bilingual": int(suite.bilingual is not None)}  # fmt: skip
+             "bilingual": int(suite.bilingual is not None), "tasks": len(suite.tasks)}  # fmt: skip
     asked = [f"{name} ({count})" for name, count in parts.items() if count]
     problems = [
-        f"{suite.name}: asks for answers in words, each token of which would take a pass: {', '.join(asked)}. Leave "
+        f"{suite.name}: asks for answers, each token of which would take a pass: {', '.join(asked)}. Leave "
         "them out with --without-answers, or leave out --one-pass."
     ] * bool(asked)
     if not suite.probes and not suite.texts:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
 
-from tensorsurgeon.charts import Chart, Kind, Panel, Point, Series
+from tensorsurgeon.charts import Chart, Kind, Panel, Point, Series, scaled
 from tensorsurgeon.evaluate.layer_changes import LayerChange
 from tensorsurgeon.evaluate.outcome_measures import is_geometric
 from tensorsurgeon.evaluate.outcomes import DAMAGE, PERPLEXITY, TIMES, Outcome, Spread, StudyOutcomes
-
-WIDE = 10
-"""Values are drawn on a logarithmic scale where the largest is this many times a middling one."""
 
 Named = tuple[str, StudyOutcomes]
 Draw = Callable[[str], list[Panel]]
@@ -39,13 +35,8 @@ def charts_of(studies: Sequence[StudyOutcomes]) -> list[Chart]:
 def _drawn(title: str, kind: Kind, axis: str, measures: Sequence[str], draw: Draw) -> Iterator[Chart]:
     for measure in measures:
         panels = draw(measure)
-        values = [it.value for panel in panels for one in panel.series for it in one.points if it.value is not None]
-        if values:
-            sizes = sorted(abs(it) for it in values if it) or [1.0]
-            # A scale of more than a thousandfold would make much of what is next to nothing.
-            near_zero = max(sizes[len(sizes) // 20], sizes[-1] / 1000)
-            small = None if measure.startswith(PERPLEXITY) else near_zero
-            yield Chart(title, measure, kind, axis, panels, sizes[-1] > WIDE * median(sizes), small)
+        if any(it.value is not None for panel in panels for one in panel.series for it in one.points):
+            yield scaled(title, measure, kind, axis, panels, has_zero=not measure.startswith(PERPLEXITY))
 
 
 def _is_covered(study: StudyOutcomes) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from tensorsurgeon.charts import Chart, Panel, Point, Series, scaled
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import UsageError, raise_all
 from tensorsurgeon.evaluate.prompts import GivenPrompt, read_prompts
@@ -25,6 +26,13 @@ SHOWN = {
     "lens": ("model", "prompt", "position", "token", "depth", "bits", "top", "p", "final rank", "kl"),
     "models": ("model", "layers", "settled", "settled, relative", "settled, all positions", "bits at the end"),
 }
+CURVES = {
+    "bits": "entropy, bits",
+    "kl": "divergence from the end, nats",
+    "agrees": "share of positions that say what the end says",
+    "settled": "share of positions that have settled",
+}
+"""What is drawn by depth: columns of the table of depths, as measures of a chart."""
 Row = dict[str, Any]
 
 
@@ -83,7 +91,7 @@ def lens(
             tables[title] += [{**label, **row} for row in rows]
     if len(models) == 1:
         tables = {"model": [{"name": names[0], **tables.pop("models")[0]}], **tables}
-    return Findings(tables, shown=SHOWN)
+    return Findings(tables, shown=SHOWN, charts=list(_charts(tables["depths"])))
 
 
 def _names(models: Sequence[Checkpoint]) -> list[str]:
@@ -117,9 +125,9 @@ def _look(
     rows.sort(key=lambda row: (row["prompt"], row["position"], row["depth"]))
     settled = list(_settled(rows, depth, asked))
     return {
-        "models": [{**seen.describe(), **_summary(rows, settled, depth)}],
+        "models": [{**_summary(rows, settled, depth), **seen.describe()}],
         "settled": settled,
-        "depths": list(_depths(rows, depth)),
+        "depths": list(_depths(rows, settled, depth)),
         "next token": [row for row in rows if row["position"] == len(asked[row["prompt"] - 1].tokens) - 1],
         "lens": rows,
     }
@@ -186,7 +194,7 @@ def _settled(rows: Sequence[Row], depth: int, asked: Sequence[Asked]) -> Iterato
         }
 
 
-def _depths(rows: Sequence[Row], depth: int) -> Iterator[Row]:
+def _depths(rows: Sequence[Row], settled: Sequence[Row], depth: int) -> Iterator[Row]:
     for number in range(depth + 1):
         here = [row for row in rows if row["depth"] == number]
         yield {
@@ -194,6 +202,7 @@ def _depths(rows: Sequence[Row], depth: int) -> Iterator[Row]:
             "relative depth": number / depth,
             **{key: fmean(row[key] for row in here) for key in ("entropy", "bits", "kl")},
             "agrees": fmean(row["final rank"] == 1 for row in here),
+            "settled": fmean(row["settled"] <= number for row in settled),
             **{key: fmean(row[key] for row in here) for key in ("rms", "mean", "deviation")},
         }
 
@@ -208,5 +217,22 @@ def _summary(rows: Sequence[Row], settled: Sequence[Row], depth: int) -> Row:
         "settled, relative": fmean(row["relative depth"] for row in last),
         "settled, all positions": fmean(row["settled"] for row in settled),
         "bits at the end": fmean(row["bits"] for row in last),
-        "peak of bits at": max(_depths(rows, depth), key=lambda row: row["bits"])["depth"],
+        "peak of bits at": max(_depths(rows, settled, depth), key=lambda row: row["bits"])["depth"],
     }
+
+
+def _charts(depths: Sequence[Row]) -> Iterator[Chart]:
+    """Yield what happens with depth as curves, one for each model."""
+    ticks = [(it / 4, f"{it / 4:g}") for it in range(5)]
+    for column, measure in CURVES.items():
+        series = [
+            Series(name, [_point(row, column, measure) for row in depths if row.get("model", "") == name])
+            for name in dict.fromkeys(row.get("model", "") for row in depths)
+        ]
+        chart = scaled("By depth", measure, "curves", "relative depth", [Panel("", series, ticks)])
+        yield chart if column == "kl" else chart._replace(log=False)
+
+
+def _point(row: Row, column: str, measure: str) -> Point:
+    where = ", ".join(filter(None, (row.get("model"), f"after {row['depth']} layers")))
+    return Point(row["relative depth"], row[column], None, f"{where}: {measure} {row[column]:.4g}")

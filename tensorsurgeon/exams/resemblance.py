@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
+from tensorsurgeon.charts import Chart, Panel, Point, Series, scaled
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.evaluate.prompts import read_prompts
 from tensorsurgeon.parameters import Count, File
@@ -13,7 +15,8 @@ from tensorsurgeon.progress import progress_bar
 from tensorsurgeon.registry import Findings, exam
 from tensorsurgeon.running import running
 
-SHOWN = {"distances": ("role", "layer", "last", "angular distance", "cka")}
+SHOWN = {"blocks": ("removes", "drop-layers", "angular distance", "cka")}
+Row = dict[str, Any]
 
 
 @exam
@@ -53,31 +56,56 @@ def similarity(
         shelf, count = snapshots(ckpt, asked, dtype, position == "last", advance)
     every = -(-count // KERNEL)
     layers = [
-        {"layer": layer, "role": "layer", "influence": influence(shelf.get(layer), shelf.get(layer + 1)),
+        {"layer": layer, "influence": influence(shelf.get(layer), shelf.get(layer + 1)),
          "angular distance": angular_distance(shelf.get(layer), shelf.get(layer + 1)),
          "rms after": float(shelf.get(layer + 1).double().square().mean().sqrt())}
         for layer in range(depth)
     ]  # fmt: skip
     kernels = [centred_kernel(shelf.get(place)[::every]) for place in range(depth + 1)]
-    pairs: list[dict[str, Any]] = []
+    blocks: list[Row] = []
     for size in range(1, depth + 1) if block is None else (block,):
         for first in range(depth - size + 1):
             before, after = shelf.get(first), shelf.get(first + size)
-            distance, alike = angular_distance(before, after), cka(kernels[first], kernels[first + size])
-            pairs.append({"layer": first, "role": f"{size} layers", "last": first + size - 1,
-                          "angular distance": distance, "cka": alike})  # fmt: skip
+            drop = str(first) if size == 1 else f"{first}-{first + size - 1}"
+            blocks.append({"removes": size, "drop-layers": drop, "first": first,
+                           "angular distance": angular_distance(before, after),
+                           "cka": cka(kernels[first], kernels[first + size])})  # fmt: skip
     facts = {"name": ckpt.sources[0].name, "layers": depth, "prompts": len(asked), "samples": count,
              "samples in cka": len(kernels[0]), "dtype": dtype}  # fmt: skip
-    tables = {"model": [facts], "layers": layers, "least": list(_least(pairs, depth)), "distances": pairs}
-    return Findings(tables, shown=SHOWN)
+    tables = {"model": [facts], "least": list(_least(blocks, depth)), "layers": layers, "blocks": blocks}
+    return Findings(tables, shown=SHOWN, charts=[*_layer_charts(layers), *_block_charts(blocks)])
 
 
-def _least(pairs: list[dict[str, Any]], depth: int) -> Iterator[dict[str, Any]]:
+def _least(blocks: Sequence[Row], depth: int) -> Iterator[Row]:
     """Yield for each number of layers the block that changes least; without it some layer has to be left."""
-    for role in dict.fromkeys(pair["role"] for pair in pairs):
-        least = min((pair for pair in pairs if pair["role"] == role), key=lambda pair: pair["angular distance"])
-        first, last = least["layer"], least["last"]
-        if last - first + 1 < depth:
-            drop = str(first) if first == last else f"{first}-{last}"
-            yield {"removes": last - first + 1, "drop-layers": drop,
-                   "angular distance": least["angular distance"], "cka": least["cka"]}  # fmt: skip
+    for size in dict.fromkeys(it["removes"] for it in blocks if it["removes"] < depth):
+        yield min((it for it in blocks if it["removes"] == size), key=lambda it: it["angular distance"])
+
+
+def _layer_charts(layers: Sequence[Row]) -> Iterator[Chart]:
+    ticks = [(row["layer"], str(row["layer"])) for row in layers]
+    for measure in ("influence", "angular distance", "rms after"):
+        points = [_point(row["layer"], f"layer {row['layer']}", measure, row[measure]) for row in layers]
+        yield scaled("By layer", measure, "bars", "layer", [Panel("", [Series("", points)], ticks)])
+
+
+def _block_charts(blocks: Sequence[Row]) -> Iterator[Chart]:
+    """Yield blocks of several sizes as cells, a row for each size."""
+    sizes = list(dict.fromkeys(row["removes"] for row in blocks))
+    ticks = [(row["first"], str(row["first"])) for row in blocks if row["removes"] == sizes[0]]
+    for measure in ("angular distance", "cka"):
+        series = [
+            Series(f"{size} layer{'s' * (size > 1)}", [
+                _point(row["first"], f"layers {row['drop-layers']}", measure, row[measure])
+                for row in blocks if row["removes"] == size
+            ])
+            for size in sizes
+        ]  # fmt: skip
+        kind: Literal["map", "bars"] = "map" if len(sizes) > 1 else "bars"
+        yield scaled("By block of layers", measure, kind, "first layer", [Panel("", series, ticks)])
+
+
+def _point(at: int, what: str, measure: str, value: float) -> Point:
+    if not isfinite(value):
+        return Point(at, None, None, f"{what}: {measure} is no number")
+    return Point(at, value, None, f"{what}: {measure} {value:.4g}")

@@ -120,5 +120,5 @@ class Lens:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "last layer": "the logits of the model's own forward, bit for bit",
+            "last layer": "bit for bit",
         }

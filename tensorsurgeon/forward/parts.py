@@ -55,8 +55,11 @@ class _Unread:
         self.tensor = tensor
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        read = as_tensor(self.tensor.read())
         # Products may be summed in another order where numbers do not begin at a cache line, as torch's own do.
+        if self.tensor.span:
+            memory = torch.empty(self.tensor.nbytes, dtype=torch.uint8)
+            return as_tensor(self.tensor.read(into=memory.numpy().data))
+        read = as_tensor(self.tensor.read())
         return read if read.data_ptr() % CACHE_LINE == 0 else read.clone()
 
 

@@ -11,6 +11,8 @@ COLOURS = ("#2f6690", "#c8701a", "#8f7ac2", "#4f9d7c", "#b5658c", "#8a8f98")
 QUIET, ALARM = "0.45", "#b3261e"
 TICKS = 16
 """Most texts below an axis."""
+ROOM = 6.0
+"""Inches for the cells of a map, at most; and at most as many texts beside it as have room there."""
 
 
 def plain(text: str) -> str:
@@ -44,8 +46,9 @@ def chart_figure(chart: Chart) -> Any:
 
 
 def _height(chart: Chart, panel: Panel) -> float:
-    lines = len(panel.series) if chart.kind == "map" else len(panel.ticks)
-    return 1.2 + (0.3 if chart.kind == "map" else 0.17) * lines
+    if chart.kind == "map":
+        return 1.2 + min(0.3 * len(panel.series), ROOM)
+    return 1.2 + 0.17 * len(panel.ticks)
 
 
 def _known(series: Series) -> list[tuple[Point, float]]:
@@ -169,7 +172,8 @@ def _map(axes: Any, chart: Chart, panel: Panel) -> None:
     image = axes.imshow(cells, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", origin="lower")
     shown = list(enumerate(panel.ticks))[:: ceil(len(panel.ticks) / TICKS)]
     axes.set_xticks([place for place, _ in shown], [text for _, (_, text) in shown])
-    axes.set_yticks(range(len(panel.series)), [plain(series.label) for series in panel.series])
+    labels = list(enumerate(panel.series))[:: ceil(0.17 * len(panel.series) / ROOM)]
+    axes.set_yticks([place for place, _ in labels], [plain(series.label) for _, series in labels])
     axes.set_xlabel(plain(chart.axis))
     places = {at: place for place, (at, _) in enumerate(panel.ticks)}
     for line, series in enumerate(panel.series):

@@ -14,10 +14,10 @@ from typing import Any
 from tensorsurgeon.errors import UsageError
 from tensorsurgeon.registry import Findings
 from tensorsurgeon.report.chart_figures import chart_figure, plain
-from tensorsurgeon.report.curves import lens_figures
 from tensorsurgeon.report.destination import file_stem, make_directory, write_report
 from tensorsurgeon.report.grids import Grid, Place, Row, Statistic, find_grids, model_of, place_of
 from tensorsurgeon.report.histograms import Histogram, floor_of, outline
+from tensorsurgeon.report.token_heatmaps import token_figures
 
 STYLE = {
     "font.size": 9,
@@ -67,7 +67,7 @@ def _figures(findings: Findings) -> Iterator[tuple[str, Any]]:
     """Yield figures with their titles, one at a time: each holds its pixels as long as it lives."""
     for chart in findings.charts:
         yield f"{chart.title} {chart.measure}", chart_figure(chart)
-    yield from lens_figures(findings.tables)
+    yield from token_figures(findings.tables)
     for grid in find_grids(findings.tables):
         rows = findings.tables[grid.title]
         for statistic in grid.statistics:

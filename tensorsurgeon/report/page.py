@@ -25,7 +25,7 @@ from tensorsurgeon.report.destination import write_report
 from tensorsurgeon.report.grids import find_grids
 from tensorsurgeon.report.rows import columns_of
 
-SCRIPTS = ("plots.js", "tables.js", "charts.js", "pivots.js", "lens.js", "page.js")
+SCRIPTS = ("plots.js", "tables.js", "charts.js", "pivots.js", "token_heatmaps.js", "page.js")
 
 
 def write_page(findings: Findings, title: str, path: Path) -> None:

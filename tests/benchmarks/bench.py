@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,8 +111,8 @@ HEADINGS = ["measured", "unit", "tensorsurgeon", "other", "ratio", "target", "me
 
 
 class Setup(NamedTuple):
-    """Where and how often to measure, and the models: BF16, FP8, the sizes of one large tensor, of a pair, and of one
-    that is looked at."""
+    """Where and how often to measure, and the models: BF16, FP8, the sizes of one large tensor, of a pair, of one
+    that is looked at, and of one that is run."""
 
     scratch: Path
     runs: int = 5
@@ -121,6 +122,7 @@ class Setup(NamedTuple):
     large_rows: int = 262144
     pair: Qwen3 = Qwen3(4, 2048, 8192, 32, 4, 32000)
     whole: Qwen3 = Qwen3(layers=36)
+    run: Qwen3 = Qwen3(20, 1024, 4096, 16, 8, 32000)
 
 
 def spread(values: list[float]) -> str:
@@ -416,6 +418,32 @@ def measure_project(setup: Setup) -> list[Figure]:
         Figure(f"{title}: CPU", "s", [it.cpu for it in mine], [it.cpu for it in other]),
         Figure(f"{title}: peak memory", "MB", [it.peak / 1e6 for it in mine], [it.peak / 1e6 for it in other]),
     ]
+
+
+def measure_forward(setup: Setup) -> list[Figure]:
+    """Compare the streamed forward pass with accelerate's offload to the disk: the logits of a model in float32."""
+    figures = []
+    with workplace(setup) as place:
+        source, dest = place / "source", place / "dest"
+        synthetic.write(place / "half", setup.run.shapes(), setup.run.config(), setup.shard_size, normal=True)
+        run(surgeon("cast", place / "half", source, "--dtype", "float32", "--quiet"))
+        title = f"logits of 4 x 64 tokens a batch, {directory_size(source) / 1e9:.2f} GB in float32"
+        for count in (1, 4, 16):
+
+            def timed(name: str, count: int = count) -> dict[str, Any]:
+                prepare(dest, source, 0)
+                dest.mkdir()
+                run([*helper(name, source, dest), str(count)])
+                return dict(json.loads((dest / "told.json").read_text()))
+
+            mine, other = alternate(setup.runs, partial(timed, "streamed"), partial(timed, "offloaded"))
+            assert len({told["digest"] for told in (*mine, *other)}) == 1, "the logits are not the same"
+            what = f"{title}, {count} batch{'es' * (count > 1)}, imports not counted"
+            for name, key, scale, limit in (("wall", "seconds", 1, 1.0), ("CPU", "cpu", 1, None),
+                                            ("peak memory that no file backs", "peak", 1e6, None)):  # fmt: skip
+                values = [[told[key] / scale for told in runs] for runs in (mine, other)]
+                figures.append(Figure(f"{what}: {name}", "MB" if scale > 1 else "s", *values, limit))
+    return figures
 
 
 def phases(source: Path, dest: Path, size: int) -> dict[str, float]:
@@ -729,6 +757,92 @@ def quantize_in_torch(source: Path, dest: Path) -> None:
             os.fsync(file.fileno())
 
 
+def batches_of(source: Path, count: int) -> list[Any]:
+    """Return tokens as so many batches of four rows."""
+    import torch
+
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randint(vocabulary, (count, 4, 64), generator=generator))
+
+
+def tell(dest: Path, compute: Callable[[], Iterator[Any]]) -> None:
+    """Take the time of a computation, its highest memory, and a digest of the tensors that it yields."""
+    lowest, peak, ended = anonymous_memory(), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            peak[0] = max(peak[0], anonymous_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    digest, begin, used = hashlib.sha256(), time.perf_counter(), time.process_time()
+    for tensor in compute():
+        digest.update(tensor.contiguous().numpy().data)
+    seconds, used = time.perf_counter() - begin, time.process_time() - used
+    ended.set()
+    watcher.join()
+    told = {"seconds": seconds, "cpu": used, "peak": peak[0] - lowest, "digest": digest.hexdigest()}
+    (dest / "told.json").write_text(json.dumps(told))
+
+
+def anonymous_memory() -> int:
+    """Return the resident memory of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def model_class(source: Path) -> tuple[Any, Any]:
+    """Return a model's config and class, imported, so that no computation is charged for that."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    return config, getattr(transformers, config.architectures[0])
+
+
+def logits_streamed(source: Path, dest: Path, count: int) -> None:
+    """Take the logits of batches by the streamed forward pass."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import tensorsurgeon
+    from tensorsurgeon.forward.batches import Batch
+    from tensorsurgeon.forward.head import Head
+    from tensorsurgeon.forward.stream import Stream
+
+    model_class(source)
+
+    def compute() -> Iterator[Any]:
+        stream = Stream(
+            tensorsurgeon.open(source), [Batch(it, torch.ones_like(it)) for it in batches_of(source, count)]
+        )
+        for _, left in stream.walk():
+            states = left
+        with (head := Head(stream)).held():
+            yield from (head.logits(head.normed(it)) for it in states)
+
+    tell(dest, compute)
+
+
+def logits_offloaded(source: Path, dest: Path, count: int) -> None:
+    """Take the logits of batches by transformers and accelerate, which read each layer from the disk as it is run."""
+    import accelerate  # noqa: F401
+    import torch
+
+    config, kind = model_class(source)
+    places = {f"model.layers.{layer}": "disk" for layer in range(config.num_hidden_layers)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+
+    def compute() -> Iterator[Any]:
+        model = kind.from_pretrained(
+            source, dtype=torch.float32, device_map=places, offload_folder=str(dest / "offloaded")
+        )
+        with torch.inference_mode():
+            yield from (model(input_ids=it, use_cache=False).logits for it in batches_of(source, count))
+
+    tell(dest, compute)
+
+
 def dequantize_in_turn(source: Path, dest: Path) -> None:
     """Do what `dequantize` does on one thread, each phase by itself, and print the seconds of each as JSON."""
     sys.path.insert(0, str(ROOT))
@@ -805,7 +919,8 @@ HELPERS = {
     "quantized": quantize_in_torch,
     "statistics": statistics_in_torch,
 }
-"""What this script runs in processes of their own, to be measured."""
+RUNNERS = {"streamed": logits_streamed, "offloaded": logits_offloaded}
+"""What this script runs in processes of their own, to be measured; runners on some number of batches."""
 
 MEASUREMENTS = {
     "select-layers": measure_select_layers,
@@ -819,6 +934,7 @@ MEASUREMENTS = {
     "diff": measure_diff,
     "memory": measure_memory,
     "headers": measure_headers,
+    "forward": measure_forward,
 }
 
 
@@ -826,10 +942,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in HELPERS:
-        command = commands.add_parser(name, help=f"internal: {HELPERS[name].__doc__}")
+    for name, function in {**HELPERS, **RUNNERS}.items():
+        command = commands.add_parser(name, help=f"internal: {function.__doc__}")
         command.add_argument("source", type=Path)
         command.add_argument("dest", type=Path)
+        if name in RUNNERS:
+            command.add_argument("count", type=int)
     for name in ("all", *MEASUREMENTS):
         command = commands.add_parser(name, help=MEASUREMENTS[name].__doc__ if name != "all" else "Measure everything.")
         command.add_argument("--runs", type=int, default=5, help="pairs of runs; default 5")
@@ -843,6 +961,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
     if given.command in HELPERS:
         HELPERS[given.command](given.source, given.dest)
+        return 0
+    if given.command in RUNNERS:
+        RUNNERS[given.command](given.source, given.dest, given.count)
         return 0
     setup = Setup(given.scratch, given.runs)
     chosen = MEASUREMENTS if given.command == "all" else [given.command]

@@ -16,7 +16,7 @@ TINY = Qwen3(4, 256, 768, 4, 1, 1024)
 @pytest.fixture
 def setup(tmp_path: Path) -> Setup:
     """Return a setup of a few megabytes and one run."""
-    return Setup(tmp_path, 1, TINY, TINY, shard_size=4_000_000, large_rows=256, pair=TINY, whole=TINY)
+    return Setup(tmp_path, 1, TINY, TINY, shard_size=4_000_000, large_rows=256, pair=TINY, whole=TINY, run=TINY)
 
 
 def within_limits(figures: list[Figure]) -> None:
@@ -27,7 +27,18 @@ def within_limits(figures: list[Figure]) -> None:
 
 @pytest.mark.parametrize(
     "measurement",
-    ["select-layers", "mergekit", "extract-lora", "dequantize", "quantize", "perturb", "autopsy", "diff", "memory"],
+    [
+        "select-layers",
+        "mergekit",
+        "extract-lora",
+        "dequantize",
+        "quantize",
+        "perturb",
+        "autopsy",
+        "diff",
+        "memory",
+        "forward",
+    ],
 )
 def test_measurement_runs(measurement: str, setup: Setup) -> None:
     figures = bench.MEASUREMENTS[measurement](setup)

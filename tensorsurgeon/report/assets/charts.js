@@ -156,7 +156,7 @@ function drawMap(node, chart, panel, scale, log) {
   const values = chart.panels.flatMap((it) => it.series.flatMap((one) => one.points.map((point) => point.value)))
     .filter((it) => it !== null);
   const colours = colouring(values, { signed: values.some((it) => it < 0), small: chart.small || 1 }, log, false);
-  const starts = panel.ticks.map(([at]) => at);
+  const starts = panel.ticks.map(([at]) => at), rows = panel.series.length;
   const cell = (series, at, of) => {
     const point = series.points.find((it) => it.at === at);
     return point === undefined || point.value === null ? null : of(point);
@@ -175,10 +175,10 @@ function drawMap(node, chart, panel, scale, log) {
     marker: { symbol: "x-thin", size: 9, line: { width: 2, color: colour("alarm") } },
   };
   return draw(node, [cells, crosses], {
-    height: Math.max(200, 90 + 30 * panel.series.length), margin: { l: 8, r: 8, t: 8, b: 8 }, coloraxis: colours.axis,
+    height: Math.max(200, 90 + Math.min(30 * rows, Math.max(900, 9 * rows))), margin: { l: 8, r: 8, t: 8, b: 8 }, coloraxis: colours.axis,
     xaxis: axis({ title: chart.axis, ...ticksOf(panel, node.clientWidth / 34) }),
     yaxis: axis({
-      showgrid: false, tickvals: panel.series.map((_, row) => row), ticktext: panel.series.map((it) => inert(it.label)),
+      ...ticksOf({ ticks: panel.series.map((it, row) => [row, it.label]) }, 50),
     }),
   });
 }

@@ -3,7 +3,7 @@
 const at = (id) => document.getElementById(id);
 const redraws = [];
 const state = { grid: 0, statistic: 0, log: false, logCounts: true, cursor: null, chosen: null };
-let data, redrawLens = () => {};
+let data, redrawTokens = () => {};
 
 async function unpack(id) {
   const bytes = Uint8Array.from(atob(at(id).textContent), (character) => character.charCodeAt(0));
@@ -230,7 +230,7 @@ function openGrid(place) {
 }
 
 function showAll() {
-  redrawLens();
+  redrawTokens();
   if (data.grids.length) showMap();
   if (state.chosen) showDetail();
   redraws.forEach((redraw) => redraw());
@@ -289,7 +289,7 @@ async function start() {
   at("tables").append(...others.map((it, place) => tableView(it, isOpen(it, place), visit)));
   showViews();
   listen();
-  redrawLens = openLens();
+  redrawTokens = openTokens();
   if (!data.grids.length) return;
   at("map").hidden = false;
   choices(at("grid"), data.grids.map((it) => it.title), 0);

@@ -1,4 +1,4 @@
-"""Figures of a lens: what would be said next at each layer and position, and how models settle with depth."""
+"""Figures of a lens: for each prompt its positions by layers, with the token that would be said next in each cell."""
 
 from __future__ import annotations
 
@@ -7,26 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from tensorsurgeon.report.chart_figures import plain
 from tensorsurgeon.report.rows import columns_of
 
 POSITIONS_SHOWN = 24
 """Positions of a prompt that a picture has room for, the last ones."""
 TOKEN_SHOWN = 8
-CURVES = (("bits", "entropy, bits"), ("kl", "divergence from the end, nats"), ("agrees", "share that says the same"))
 
 Row = Mapping[str, Any]
 
 
-def lens_figures(tables: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, Any]]:
-    """Yield figures with their titles for tables that a lens has made: none for any others."""
+def token_figures(tables: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, Any]]:
+    """Yield a figure with its title for each prompt of tables that a lens has made: none for any others."""
     for title, rows in tables.items():
-        columns = set(columns_of(rows))
-        if {"prompt", "position", "depth", "top tokens"} <= columns and title != "next token":
+        if {"prompt", "position", "depth", "top tokens"} <= {*columns_of(rows)} and title != "next token":
             yield from _prompts(title, rows)
-        elif {"relative depth", "depth", "agrees"} <= columns:
-            for column, label in CURVES:
-                yield f"{column} by depth", _by_depth(rows, column, label)
 
 
 def _prompts(title: str, rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
@@ -38,10 +32,13 @@ def _prompts(title: str, rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
 
 
 def _visible(token: str) -> str:
-    """Return a token as it can be seen in a picture: a space alone would be nothing."""
-    shown = token.replace("\n", "\\n")
+    """Return as much of a token as a cell has room for, with what could not be seen by itself spelled out."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥")
+    inner = shown.strip(" ")
+    ends = len(shown) - len(shown.lstrip(" ")), len(shown) - len(shown.rstrip(" "))
+    shown = "␣" * ends[0] + inner + "␣" * ends[1] if inner else "␣" * len(shown)
     shown = "".join(it if it.isprintable() else "·" for it in shown)
-    return shown if shown.strip() else "␣" * len(shown)
+    return shown if len(shown) <= TOKEN_SHOWN else shown[: TOKEN_SHOWN - 1] + "…"
 
 
 def _tokens(rows: Sequence[Row]) -> Any:
@@ -60,31 +57,13 @@ def _tokens(rows: Sequence[Row]) -> Any:
         for x, position in enumerate(positions):
             row = cells[depth, position]
             ink = "black" if row["bits"] > middle else "white"
-            text = _visible(row["top"])[:TOKEN_SHOWN]
+            text = _visible(row["top"])
             axes.text(x, y, text, ha="center", va="center", fontsize=6, color=ink, parse_math=False)
-    heads = [_visible(cells[depths[0], position]["token"])[:TOKEN_SHOWN] for position in positions]
+    heads = [_visible(cells[depths[0], position]["token"]) for position in positions]
     axes.set_xticks(range(len(positions)), heads, rotation=45, ha="left", fontsize=7, parse_math=False)
     axes.xaxis.tick_top()
     every = ceil(len(depths) / 16)
     axes.set_yticks(range(0, len(depths), every), [str(depth) for depth in depths[::every]])
     axes.set_ylabel("layers that were run")
     figure.colorbar(image, ax=axes, label="entropy, bits", pad=0.01)
-    return figure
-
-
-def _by_depth(rows: Sequence[Row], column: str, label: str) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5, 2.8), layout="constrained")
-    axes = figure.subplots()
-    models = list(dict.fromkeys(row.get("model") for row in rows))
-    for model in models:
-        held = [row for row in rows if row.get("model") == model]
-        xs, ys = [row["relative depth"] for row in held], [row[column] for row in held]
-        axes.plot(xs, ys, marker="o", markersize=2.5, linewidth=1, label=model and plain(model))
-    if len(models) > 1:
-        axes.legend(fontsize=7)
-    axes.set_xlabel("relative depth")
-    axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
     return figure

@@ -4,19 +4,31 @@
 const LENS = { statistics: ["bits", "p", "final p", "final rank", "kl", "rms"], log: ["final rank", "kl", "rms"] };
 
 /** Return the table of all positions; that of the last ones has the same columns. */
-function lensTable() {
+function tokenTable() {
   const needed = ["prompt", "position", "depth", "top tokens"];
   const found = data.tables.filter(({ columns }) => needed.every((it) => columns.includes(it)));
   return found.sort((one, other) => other.rows.length - one.rows.length)[0];
 }
 
-/** Return a token as it can be seen: spaces and line breaks at its ends would be lost. */
+/** Return a token as it can be seen: spaces at its ends would be lost, and some characters turn what stands after. */
 function visible(token) {
-  return String(token).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ | $/g, "␣");
+  return String(token).replace(/\n/g, "⏎").replace(/\t/g, "⇥")
+    .replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)).replace(/\p{C}/gu, "·");
+}
+
+/** Return a token between marks that keep its direction of writing to itself. */
+function isolated(token) {
+  return `\u2068${visible(token)}\u2069`;
+}
+
+/** Return as much of a token as a cell has room for. */
+function shortened(token) {
+  const characters = [...visible(token)];
+  return inert(characters.length > 8 ? `${characters.slice(0, 7).join("")}…` : characters.join(""));
 }
 
 /** Return the rows of each model and prompt, by the names of their columns. */
-function lensGroups({ columns, rows }) {
+function tokenGroups({ columns, rows }) {
   const groups = new Map();
   for (const row of rows) {
     const named = Object.fromEntries(columns.map((column, place) => [column, row[place]]));
@@ -27,10 +39,10 @@ function lensGroups({ columns, rows }) {
   return groups;
 }
 
-function lensHover(row) {
+function tokenHover(row) {
   const best = row["top tokens"].map((token, place) =>
-    `${(100 * row.probabilities[place]).toFixed(1)} %  ${visible(token)}`);
-  return [`after ${row.depth} layers, at ${row.position} “${visible(row.token)}”`, ...best,
+    `${(100 * row.probabilities[place]).toFixed(1)} %  ${isolated(token)}`);
+  return [`after ${row.depth} layers, at ${row.position} “${isolated(row.token)}”`, ...best,
     `entropy ${show(row.bits)} bits, final token: rank ${show(row["final rank"])}, ${show(row["final p"])}`,
     `divergence from the end ${show(row.kl)} nats`];
 }
@@ -47,16 +59,16 @@ function drawTokens(node, rows, statistic, log) {
   const signed = values.some((value) => value < 0);
   const colours = colouring(values.length ? values : [0, 1], { signed, small }, log, false);
   const width = Math.max(node.clientWidth, 120 + 62 * positions.length);
-  const heads = positions.map((position, place) => inert(visible(grid[0][place] ? grid[0][place].token : position)));
+  const heads = positions.map((position, place) => shortened(grid[0][place] ? grid[0][place].token : position));
   const middle = (colours.axis.cmin + colours.axis.cmax) / 2;
   const annotations = grid.flatMap((line, y) => line.flatMap((row, x) => (row ? [{
-    x, y, text: inert(visible(row.top).slice(0, 8)), showarrow: false,
+    x, y, text: shortened(row.top), showarrow: false,
     font: { size: 11, color: colours.of(row[statistic]) > middle ? "#111" : "#fff", family: "monospace" },
   }] : [])));
   return draw(node, [{
     type: "heatmap", coloraxis: "coloraxis", xgap: 1, ygap: 1, hoverinfo: "text",
     z: grid.map((line) => line.map((row) => (row ? colours.of(row[statistic]) : null))),
-    text: grid.map((line) => line.map((row) => (row ? lensHover(row).map(inert).join("<br>") : ""))),
+    text: grid.map((line) => line.map((row) => (row ? tokenHover(row).map(inert).join("<br>") : ""))),
   }], {
     width, height: 90 + 24 * depths.length, margin: { l: 8, r: 8, t: 34, b: 8 }, annotations,
     coloraxis: colours.axis,
@@ -67,31 +79,11 @@ function drawTokens(node, rows, statistic, log) {
   });
 }
 
-/** Draw the mean of a statistic against relative depth, a curve for each model. */
-function drawDepths(node, { columns, rows }, statistic) {
-  const at = (name) => columns.indexOf(name), labels = new Map();
-  for (const row of rows) {
-    const label = at("model") < 0 ? "" : row[at("model")];
-    if (!labels.has(label)) labels.set(label, []);
-    labels.get(label).push(row);
-  }
-  const traces = [...labels].map(([label, lines], place) => ({
-    type: "scatter", mode: "lines+markers", name: inert(label), line: { color: palette(place), width: 1.6 },
-    x: lines.map((row) => row[at("relative depth")]), y: lines.map((row) => row[at(statistic)]), hoverinfo: "text",
-    text: lines.map((row) => inert(`${label ? `${label}, ` : ""}after ${row[at("depth")]} layers: ${
-      show(row[at(statistic)])}`)),
-  }));
-  return draw(node, traces, {
-    height: 240, margin: { l: 8, r: 8, t: 8, b: 8 }, hovermode: "closest", ...legend(traces),
-    xaxis: axis({ title: "relative depth", range: [-0.02, 1.02] }), yaxis: axis({ rangemode: "tozero" }),
-  });
-}
-
 /** Show the lens, where the tables hold one, and return what draws it anew in other colours. */
-function openLens() {
-  const table = lensTable();
+function openTokens() {
+  const table = tokenTable();
   if (!table) return () => {};
-  const groups = [...lensGroups(table).values()], present = { group: 0, statistic: "bits" };
+  const groups = [...tokenGroups(table).values()], present = { group: 0, statistic: "bits" };
   const words = table.columns.filter((column) => column.startsWith("p("));
   const statistics = [...LENS.statistics, ...words].filter((it) => table.columns.includes(it));
   const label = (rows) => {
@@ -103,24 +95,16 @@ function openLens() {
     "aria-label": "Heatmap of layers and positions with the most probable token of each" });
   const scroll = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Layers and positions" },
     tokens);
-  const show_ = () => drawTokens(tokens, groups[present.group], present.statistic,
+  const redraw = () => drawTokens(tokens, groups[present.group], present.statistic,
     LENS.log.includes(present.statistic));
   const pickers = [["prompt", groups.map(label), (value) => (present.group = Number(value))],
     ["statistic", statistics, (value) => (present.statistic = statistics[Number(value)])]].map(([name, names, set]) => {
-    const select = make("select", { id: `lens-${name}`, change: (event) => { set(event.target.value); show_(); } });
+    const select = make("select", { id: `lens-${name}`, change: (event) => { set(event.target.value); redraw(); } });
     choices(select, names, 0);
     return make("label", {}, `${name} `, select);
   });
   at("lens").append(make("div", { class: "controls" }, ...pickers), scroll);
-  const depths = data.tables.find(({ columns }) => columns.includes("relative depth") && columns.includes("agrees"));
-  const curves = !depths ? [] : [["Entropy, bits", "bits"], ["Divergence from the end, nats", "kl"],
-    ["Share of positions that say what the end says", "agrees"]].map(([title, statistic]) => {
-    const node = make("div", { role: "img", "aria-label": title });
-    at("lens").append(make("figure", {}, make("figcaption", {}, title), node));
-    return () => drawDepths(node, depths, statistic);
-  });
   at("lens").hidden = false;
-  const redraw = () => { show_(); curves.forEach((it) => it()); };
   redraw();
   return redraw;
 }
