@@ -208,7 +208,7 @@ class LazyTensor:
             dtype, (-(-self.rows // size), *row_shape), None, function, inputs, grain=grain, history=history
         )
 
-    def read(self, start: int = 0, stop: int | None = None, into: bytearray | memoryview | None = None) -> Block:
+    def read(self, start: int = 0, stop: int | None = None, into: bytearray | None = None) -> Block:
         """Read or compute the rows from `start` up to but not including `stop`.
 
         What is only read may be put `into` memory that is large enough, and then lasts until that is used again.

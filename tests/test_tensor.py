@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tensorsurgeon.errors import CheckpointError, FormatError
 from tensorsurgeon.format import Span, read_header
-from tensorsurgeon.reading import read_span
+from tensorsurgeon.reading import map_span, read_span
 from tensorsurgeon.shaping import stacked
 from tensorsurgeon.tensor import Block, LazyTensor, Pieces, RowFunction, Rows
 
@@ -103,6 +103,20 @@ def test_rows_that_begin_within_a_byte_are_refused(tmp_path: Path) -> None:
         LazyTensor("F4", (4, 3), Span(tmp_path / "f", 0, 6)).read(1, 3)
 
 
+@pytest.mark.parametrize(("offset", "nbytes"), [(0, 5), (4095, 3), (4096, 0), (5000, 9000), (8192, 4096)])
+def test_a_mapped_span_is_the_one_that_is_read_and_keeps_what_is_written_to_itself(
+    tmp_path: Path, offset: int, nbytes: int
+) -> None:
+    path = tmp_path / "file"
+    content = bytes(number % 251 for number in range(20000))
+    path.write_bytes(content)
+    span = Span(path, offset, nbytes)
+    mapped = map_span(span)
+    assert bytes(mapped) == bytes(read_span(span)) == content[offset : offset + nbytes]
+    mapped[:] = bytes(nbytes)
+    assert path.read_bytes() == content
+
+
 def test_a_truncated_file_is_refused(store: Store) -> None:
     tensor = store(numbers(100, 2))
     assert tensor.span
@@ -113,6 +127,8 @@ def test_a_truncated_file_is_refused(store: Store) -> None:
         tensor.read(0, 7)
     with pytest.raises(CheckpointError):
         tensor.read()
+    with pytest.raises(CheckpointError, match="it was changed while it was read"):
+        map_span(tensor.span)
 
 
 def test_a_span_that_starts_behind_the_end_is_refused(tmp_path: Path) -> None:

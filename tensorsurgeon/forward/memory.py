@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-MAPPED = 10**6
+MAPPED = 8 * 10**6
 """Bytes from which a block of memory is mapped by itself, and so returned the moment it is freed."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 

@@ -27,12 +27,14 @@ from transformers.modeling_utils import LoadStateDictConfig
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import CheckpointError, raise_all
 from tensorsurgeon.forward.skeleton import Skeleton, silence
+from tensorsurgeon.reading import map_span
 from tensorsurgeon.tensor import Block, LazyTensor
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+HALVES = ("F16", "BF16")
 SHOWN = 5
 CACHE_LINE = 64
 
@@ -51,16 +53,16 @@ def as_tensor(block: Block) -> torch.Tensor:
 class _Unread:
     """What transformers takes for a slice of a safetensors file: it is read when it is indexed."""
 
-    def __init__(self, tensor: LazyTensor) -> None:
+    def __init__(self, tensor: LazyTensor, dtype: torch.dtype) -> None:
         self.tensor = tensor
+        # Halves that are computed in float32 are cast, whatever module they are for, and so get memory of their own.
+        self.is_cast = dtype == torch.float32 and tensor.dtype in HALVES
 
     def __getitem__(self, _: Any) -> torch.Tensor:
+        span = self.tensor.span
+        read = as_tensor(Block(self.tensor.dtype, self.tensor.shape, map_span(span)) if span else self.tensor.read())
         # Products may be summed in another order where numbers do not begin at a cache line, as torch's own do.
-        if self.tensor.span:
-            memory = torch.empty(self.tensor.nbytes, dtype=torch.uint8)
-            return as_tensor(self.tensor.read(into=memory.numpy().data))
-        read = as_tensor(self.tensor.read())
-        return read if read.data_ptr() % CACHE_LINE == 0 else read.clone()
+        return read if read.data_ptr() % CACHE_LINE == 0 or self.is_cast else read.clone()
 
 
 class Parts:
@@ -115,7 +117,7 @@ class Parts:
 
     def load(self, part: Part) -> None:
         """Read the weights of a part into the model."""
-        self.put({name: _Unread(self.ckpt[name]) for name in self.sources[part]})
+        self.put({name: _Unread(self.ckpt[name], self.skeleton.dtype) for name in self.sources[part]})
 
     def drop(self, part: Part) -> None:
         """Let go of the weights of a part."""
