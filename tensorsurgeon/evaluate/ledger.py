@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from tensorsurgeon._version import __version__
-from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.durable import write_small
 from tensorsurgeon.errors import DestinationError
-from tensorsurgeon.evaluate.digest import checkpoint_digest
+from tensorsurgeon.evaluate.digest import checkpoint_digest, digested_files
 from tensorsurgeon.evaluate.results import RECORDS, STUDY
+from tensorsurgeon.source import Source
 
 MOST_SHOWN = 12
 """Differences of two studies that are told."""
@@ -90,13 +90,13 @@ class Ledger:
         data = {**self.study, "tensorsurgeon": __version__, "sources": dict(sources)}
         write_small(self.place / STUDY, (json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n").encode())
 
-    def digest(self, location: str, ckpt: Checkpoint) -> str:
+    def digest(self, location: str, source: Source) -> str:
         """Return the digest of a model; its bytes are read again only where its files are others than before."""
-        (source, *_) = ckpt.sources
-        stamp = {name: list(it) for name, it in source.stamp().items()}
+        stats = {name: (source.directory / name).stat() for name in digested_files(source)}
+        stamp = {name: [it.st_size, it.st_mtime_ns] for name, it in stats.items()}
         known = self.sources.get(location)
         if not known or known["stamp"] != stamp:
-            digest = checkpoint_digest(ckpt)
+            digest = checkpoint_digest(source)
             if known and known["digest"] != digest and self.held:
                 raise DestinationError(
                     f"{location}: is not the model that the records in {self.place} begin with; name another directory "

@@ -41,7 +41,7 @@ class Questionnaire:
     """A suite in the tokens of a model, and how much room it takes."""
 
     def __init__(self, suite: Suite, tokens: Tokens, most: int | None = None) -> None:
-        self.suite, self.tokens = suite, tokens
+        self.suite, self.tokens, self.most = suite, tokens, most
         self.variants = find_variants(tokens, suite.labels)
         self.prompts = {it.id: self._ask(it) for it in (*suite.probes, *suite.questions)}
         self.prompts |= self._ask_open()

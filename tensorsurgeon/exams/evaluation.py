@@ -178,5 +178,5 @@ def _ask_all(runner: Engine, subjects: list[Subject], suite: Suite, keep: Callab
 def _about(subject: Subject) -> dict[str, Any]:
     from tensorsurgeon.evaluate.digest import checkpoint_digest
 
-    adapter = {"adapter_digest": checkpoint_digest(subject.adapter)} if subject.adapter else {}
-    return {"model_name": subject.name, "digest": checkpoint_digest(subject.ckpt), **adapter}
+    adapter = {"adapter_digest": checkpoint_digest(subject.adapter.sources[0])} if subject.adapter else {}
+    return {"model_name": subject.name, "digest": checkpoint_digest(subject.ckpt.sources[0]), **adapter}
