@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,28 @@ def test_a_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     assert checkpoint_digest(ts.open(place).sources[0]) != before
     (same / "chat_template.jinja").write_text("{{ messages }}")
     assert checkpoint_digest(ts.open(same).sources[0]) != before
+
+
+def test_records_of_which_there_came_none_are_not_in_the_way(tmp_path: Path) -> None:
+    suite, kept = tmp_path / "suite.yaml", tmp_path / "records.jsonl"
+    for tokens in (600, 2):
+        suite.write_text(f"open: [{{id: it, group: g, text: Hello, tokens: {tokens}}}]")
+        with pytest.raises(UsageError) if tokens == 600 else nullcontext():
+            evaluate(MANNEQUIN / "bf16", suite=str(suite), records=str(kept))
+        assert kept.exists() == (tokens == 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [("text", " \n", "text: the text has fewer than two tokens"), ("it", "Hello you.", "has one of the id 'it'")],
+)
+def test_a_text_that_gives_no_figure_of_its_own_is_refused(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    (tmp_path / "suite.yaml").write_text("texts: [{id: it, texts: [Hello there.]}]")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        evaluate(MANNEQUIN / "bf16", suite=str(tmp_path / "suite.yaml"), text=str(tmp_path / file))
 
 
 def test_what_cannot_be_asked_is_said(tmp_path: Path) -> None:

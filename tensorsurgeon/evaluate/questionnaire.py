@@ -48,6 +48,10 @@ class Questionnaire:
         # An engine makes a token more even where only the prompt is scored.
         room = most - 1 if most else 2**31
         self.windows = {it.id: list(self._windows(it, min(it.window, room))) for it in suite.texts}
+        raise_all(UsageError, (
+            f"{name}: the text has fewer than two tokens, and no perplexity."
+            for name, texts in self.windows.items() if not any(held.prompts for held in texts)
+        ))  # fmt: skip
         test = suite.bilingual
         self.problems = problems(test.seed, test.each) if test else []
         self.translated: dict[tuple[int, str], Asked] = {}

@@ -109,7 +109,10 @@ def _with_text(suite: Suite, text: str | None) -> Suite:
         return suite
     if not Path(text).is_file():
         raise UsageError(f"text: there is no file {text}.")
-    return suite.model_copy(update={"texts": (*suite.texts, Text(id=Path(text).name, file=text))})
+    name = Path(text).name
+    if name in [it.id for it in suite.asked]:
+        raise UsageError(f"text: the suite has one of the id {name!r}; give the file another name.")
+    return suite.model_copy(update={"texts": (*suite.texts, Text(id=name, file=text))})
 
 
 def _subjects(model: str, against: str | None, adapter: str | None) -> list[Subject]:
@@ -148,7 +151,11 @@ def _kept(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
                     file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
                     file.flush()
 
-            yield keep
+            try:
+                yield keep
+            finally:
+                if path and file and not file.tell():
+                    Path(path).unlink()  # nothing was asked: it would only be in the way of the next try
     except FileExistsError:
         raise DestinationError(f"{path}: is there already; name another file for records, or remove it.") from None
 
