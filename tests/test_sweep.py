@@ -480,7 +480,7 @@ def test_adapters_of_several_models_are_several(tmp_path: Path, suite: Path, mon
     subject = sweeping.Sweep.subject
     monkeypatch.setattr(sweeping.Sweep, "subject", lambda *given: (calls.append(given), subject(*given))[1])
     lora = {"base": bf16, "steps": [{"extract-lora": {"base": bf16, "rank": 8}}], "n": 1}
-    variants = [{"variant": "one", "source": tuned, **lora}, 
+    variants = [{"variant": "one", "source": tuned, **lora},
                 {"variant": "other", "source": str(tmp_path / "other" / "tuned"), **lora}]  # fmt: skip
     path = str(write(tmp_path, suite, variants=variants, repeats=2, steps=[]))
     ts.exams.sweep(path)
