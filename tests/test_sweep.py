@@ -232,6 +232,15 @@ def test_a_changed_study_is_refused_with_the_differences(
     assert (tmp_path / "results" / "records.jsonl").read_bytes() == before
 
 
+def test_what_a_study_only_says_may_change(tmp_path: Path, suite: Path, study: Path) -> None:
+    ts.exams.sweep(str(study))
+    before = (tmp_path / "results" / "records.jsonl").read_bytes()
+    found = ts.exams.sweep(str(write(tmp_path, suite, about="Said otherwise.", damage="kl")))
+    assert "Said otherwise." in found.summary[0]
+    assert "Damage is the mean divergence" in found.summary[0]
+    assert (tmp_path / "results" / "records.jsonl").read_bytes() == before
+
+
 def test_a_changed_model_is_refused(tmp_path: Path, suite: Path) -> None:
     source = tmp_path / "source"
     ts.write(ts.open(MANNEQUIN / "bf16"), source)

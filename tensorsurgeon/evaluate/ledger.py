@@ -1,9 +1,9 @@
 """What a sweep leaves: a directory with the study, and its records as lines of JSON, whole at any moment.
 
-RESULTS/study.json      the study as it was understood, what was asked, and the digests of the models it begins with
+RESULTS/study.json      the study as it was understood, what was asked, and the digests of all models that it reads
 RESULTS/records.jsonl   one record a line, in the order in which they came
 
-A run that finds records goes on behind them, where the study is the same to the last word.
+A run that finds records goes on behind them, where the study is the same in all that they depend on.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from tensorsurgeon.source import Source
 
 MOST_SHOWN = 12
 """Differences of two studies that are told."""
+
+ONLY_TOLD = ("about", "damage")
+"""What a study says to those who read its report, and no record depends on: it may be said otherwise later."""
 
 Record = Mapping[str, Any]
 Key = tuple[str, int, str, str]
@@ -76,6 +79,7 @@ class Ledger:
         found = [
             f"{key}: {_shown(old)} then, {_shown(new)} now"
             for key, old, new in _differences(before, _plain(self.study))
+            if key not in ONLY_TOLD
         ]
         if found:
             more = [f"and {len(found) - MOST_SHOWN} more"] if len(found) > MOST_SHOWN else []
@@ -84,6 +88,8 @@ class Ledger:
                 f"{self.place}: holds the records of another study. Name another directory with --results, or do it "
                 f"all anew with --force. The differences:\n  {listed}"
             )
+        if before != _plain(self.study):
+            self._write(sources)
         return sources
 
     def _write(self, sources: Mapping[str, Any]) -> None:
