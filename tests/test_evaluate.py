@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_a_record_stands_by_itself_and_holds_what_was_measured(tmp_path: Path, e
     assert findings.problems == ()
     kinds = [it["record"] for it in records]
     assert {kind: kinds.count(kind) for kind in kinds} == {"probe": 4, "text": 2, "question": 2, "open": 1}
-    digest = checkpoint_digest(ts.open(MANNEQUIN / "bf16"))
+    digest = checkpoint_digest(ts.open(MANNEQUIN / "bf16").sources[0])
     for it in records:
         assert (it["model_name"], it["suite"], it["digest"]) == ("bf16", "suite_of_mannequin", digest)
         assert {"engine", "version", "dtype", "threads", "batch", "eager", "prefix_caching", "seed"} <= set(
@@ -406,18 +407,40 @@ def test_numbers_that_are_none_are_a_problem(tmp_path: Path, capsys: pytest.Capt
 def test_a_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     place = make_copy(MANNEQUIN / "bf16", tmp_path / "copy", lambda config, tensors: None)
     same = make_copy(place, tmp_path / "again", lambda config, tensors: None)
-    before = checkpoint_digest(ts.open(place))
-    assert before == checkpoint_digest(ts.open(same))
+    before = checkpoint_digest(ts.open(place).sources[0])
+    assert before == checkpoint_digest(ts.open(same).sources[0])
     (place / "README.md").write_text("Nothing that is asked for.")
-    assert checkpoint_digest(ts.open(place)) == before
+    assert checkpoint_digest(ts.open(place).sources[0]) == before
     with open(place / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)[0]
         file.seek(-1, 2)
         file.write(bytes([last ^ 1]))
-    assert checkpoint_digest(ts.open(place)) != before
+    assert checkpoint_digest(ts.open(place).sources[0]) != before
     (same / "chat_template.jinja").write_text("{{ messages }}")
-    assert checkpoint_digest(ts.open(same)) != before
+    assert checkpoint_digest(ts.open(same).sources[0]) != before
+
+
+def test_records_of_which_there_came_none_are_not_in_the_way(tmp_path: Path) -> None:
+    suite, kept = tmp_path / "suite.yaml", tmp_path / "records.jsonl"
+    for tokens in (600, 2):
+        suite.write_text(f"open: [{{id: it, group: g, text: Hello, tokens: {tokens}}}]")
+        with pytest.raises(UsageError) if tokens == 600 else nullcontext():
+            evaluate(MANNEQUIN / "bf16", suite=str(suite), records=str(kept))
+        assert kept.exists() == (tokens == 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [("text", " \n", "text: the text has fewer than two tokens"), ("it", "Hello you.", "has one of the id 'it'")],
+)
+def test_a_text_that_gives_no_figure_of_its_own_is_refused(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    (tmp_path / "suite.yaml").write_text("texts: [{id: it, texts: [Hello there.]}]")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        evaluate(MANNEQUIN / "bf16", suite=str(tmp_path / "suite.yaml"), text=str(tmp_path / file))
 
 
 def test_what_cannot_be_asked_is_said(tmp_path: Path) -> None:

@@ -515,3 +515,11 @@ def test_the_only_number_that_varies_is_a_level(tmp_path: Path) -> None:
     assert [(it["method"], it["group"], it["level"]) for it in report(directory).tables["levels"]] == [
         ("rank", "side out, seed 1", 2**it) for it in range(3)
     ]
+    (directory / "study.json").write_text(
+        json.dumps(
+            json.loads((directory / "study.json").read_text())
+            | {"variants": [{"name": f"v{it}", "values": {"rank": 2**it}} for it in range(3)]}
+        )
+    )
+    assert [it["group"] for it in report(directory).tables["levels"]] == ["all"] * 3
+    assert "rank: damage" in report(directory).summary[0]

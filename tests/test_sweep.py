@@ -25,7 +25,8 @@ from scipy.special import log_softmax
 import tensorsurgeon as ts
 from tensorsurgeon.cli import main
 from tensorsurgeon.errors import DestinationError, OutOfMemoryError, RefusedError, UsageError
-from tensorsurgeon.evaluate import sweeping
+from tensorsurgeon.evaluate import asking, questionnaire, sweeping
+from tensorsurgeon.evaluate.digest import checkpoint_digest
 from tensorsurgeon.evaluate.engine import Generation, Prompt, Sampling
 from tensorsurgeon.evaluate.engines.transformers import TransformersEngine
 from tensorsurgeon.evaluate.installing import Subject
@@ -231,6 +232,15 @@ def test_a_changed_study_is_refused_with_the_differences(
     assert (tmp_path / "results" / "records.jsonl").read_bytes() == before
 
 
+def test_what_a_study_only_says_may_change(tmp_path: Path, suite: Path, study: Path) -> None:
+    ts.exams.sweep(str(study))
+    before = (tmp_path / "results" / "records.jsonl").read_bytes()
+    found = ts.exams.sweep(str(write(tmp_path, suite, about="Said otherwise.", damage="kl")))
+    assert "Said otherwise." in found.summary[0]
+    assert "Damage is the mean divergence" in found.summary[0]
+    assert (tmp_path / "results" / "records.jsonl").read_bytes() == before
+
+
 def test_a_changed_model_is_refused(tmp_path: Path, suite: Path) -> None:
     source = tmp_path / "source"
     ts.write(ts.open(MANNEQUIN / "bf16"), source)
@@ -300,6 +310,9 @@ def test_a_dry_run_makes_nothing(tmp_path: Path, study: Path, monkeypatch: pytes
         ({"steps": [{"drop-layers": {"layers": "{60-40%}"}}]}, "shares of the depth lie between 0 and 100 %"),
         ({"steps": [{"drop-layers": {"layers": 9}}], "variants": [{"n": 1}], "variant": "it"}, "9"),
         ({"suite": "quik"}, "Did you mean 'quick'?"),
+        ({"variant": "{level} {seed}", "repeats": 3}, "'0.0 43': a variant has one name in all repetitions"),
+        ({"suite": "bilingual", "damage": "kl"}, "kl is told by probes and a baseline, and there are none"),
+        ({"variants": [{"level": 0.5, "method": "mult-gauss"}], "damage": "kl"}, "kl is told by probes and a baseline"),
         ({"base": str(MANNEQUIN / "bf16")}, "is no adapter"),
         (
             {"steps": [{"extract-lora": {"base": str(MANNEQUIN / "bf16"), "rank": 2}}], "variants": [{"n": 1}],
@@ -365,6 +378,38 @@ def test_where_memory_runs_out_the_batch_is_halved(
         ts.exams.sweep(str(write(tmp_path, suite, batch=4)), force=True)
 
 
+def test_what_a_variant_calls_its_level_need_be_no_number(tmp_path: Path, suite: Path) -> None:
+    noise = {"perturb": {"method": "mult-gauss", "level": "1e-1", "group": ["attention-v", "mlp"]}}
+    variants = [
+        {"variant": "layers", "level": "0-1", "steps": [{"drop-layers": {"layers": "{level}"}}]},
+        {"variant": "truth", "level": True, "steps": []},
+        {"variant": "noise", "steps": [noise], "n": 1},  # YAML takes 1e-1 for a text
+    ]
+    ts.exams.sweep(str(write(tmp_path, suite, variants=variants)))  # which ends with a report
+    told = {it["variant"]: (it["level_value"], it["param_group_name"]) for it in records(tmp_path / "results")}
+    assert told == {"layers": (None, None), "truth": (None, None), "noise": (0.1, "attn_only, mlp_only")}
+
+
+def test_what_cannot_be_made_is_said_with_its_variant(tmp_path: Path, suite: Path) -> None:
+    path = write(tmp_path, suite, variants=[{"level": 3e38, "method": "mult-gauss"}])
+    with pytest.raises(RefusedError, match=r"^mult-gauss-3e\+38: .* too large for BF16"):
+        ts.exams.sweep(str(path))
+
+
+def test_a_tokenizer_that_changed_is_refused_too(tmp_path: Path, suite: Path) -> None:
+    source = tmp_path / "source"
+    ts.write(ts.open(MANNEQUIN / "bf16"), source)
+    path = write(tmp_path, suite, source=str(source), variants=[{"variant": "baseline", "steps": []}])
+    ts.exams.sweep(str(path))
+    with open(source / "chat_template.jinja", "a") as file:
+        file.write("{{ '' }}")
+    (tmp_path / "results" / "records.jsonl").write_bytes(
+        b"".join((tmp_path / "results" / "records.jsonl").read_bytes().splitlines(keepends=True)[:2])
+    )
+    with pytest.raises(DestinationError, match="is not the model that the records"):
+        ts.exams.sweep(str(path))
+
+
 class Reloading(TransformersEngine):
     """Takes other weights into the model that is there; `wrong` puts them in half."""
 
@@ -406,6 +451,25 @@ def test_models_of_one_shape_go_into_the_engine_without_a_checkpoint_where_that_
         assert one | {"built": "", "kl": 0} == other | {"built": "", "kl": 0}
 
 
+@pytest.mark.parametrize("asked", ["a task", "nothing that moved"])
+def test_what_proves_nothing_is_no_proof(tmp_path: Path, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is asked, or the weights that were put in are those that were there, any answer would agree."""
+    monkeypatch.setattr(sweeping, "make_engine", lambda kind, settings: Reloading(settings))
+    monkeypatch.setattr(Reloading, "reload", lambda self, weights: list(weights) and None)  # takes none
+    levels = [0.1, 0.2, 0.3]
+    if asked == "a task":
+        monkeypatch.setattr(questionnaire, "check_tasks", lambda tasks: None)
+        monkeypatch.setattr(asking, "run_task", lambda *_: [])
+        suite = {"tasks": [{"task": "any"}]}
+    else:
+        suite, levels = {"texts": SUITE["texts"]}, [1e-9, 0.2, 0.3]  # the first is lost where it is rounded
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    variants = [{"variant": "baseline", "steps": []}, {"level": levels, "method": "mult-gauss"}]
+    found = ts.exams.sweep(str(write(tmp_path, tmp_path / "suite.yaml", variants=variants)))
+    assert [it["built"] for it in records(tmp_path / "results")] == ["source", "written", "written", "written"]
+    assert len(found.tables["notes"]) == 1
+
+
 def test_models_computed_alike_are_made_once(tmp_path: Path, suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid of levels leaves nothing to chance: the repetitions are one model."""
     loads = []
@@ -415,6 +479,52 @@ def test_models_computed_alike_are_made_once(tmp_path: Path, suite: Path, monkey
     ts.exams.sweep(str(path))
     assert len(loads) == 1
     assert len(records(tmp_path / "results")) == 3 * EACH
+
+
+def test_adapters_of_several_models_are_several(tmp_path: Path, suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is extracted is computed at once, once for all repetitions, and lies where no other's lies."""
+    tuned, bf16, calls = str(MANNEQUIN / "tuned"), str(MANNEQUIN / "bf16"), []
+    changed = ts.ops.perturb(ts.open(tuned), method="mult-gauss", level=0.5, group="mlp")
+    ts.write(changed, tmp_path / "other" / "tuned")
+    subject = sweeping.Sweep.subject
+    monkeypatch.setattr(sweeping.Sweep, "subject", lambda *given: (calls.append(given), subject(*given))[1])
+    lora = {"base": bf16, "steps": [{"extract-lora": {"base": bf16, "rank": 8}}], "n": 1}
+    variants = [{"variant": "one", "source": tuned, **lora},
+                {"variant": "other", "source": str(tmp_path / "other" / "tuned"), **lora}]  # fmt: skip
+    path = str(write(tmp_path, suite, variants=variants, repeats=2, steps=[]))
+    ts.exams.sweep(path)
+    rows = records(tmp_path / "results")
+    texts = {(it["variant"], it["repeat_index"]): it["perplexity"] for it in rows if it["record"] == "text"}
+    assert texts["one", 0] == texts["one", 1] != texts["other", 0] == texts["other", 1]
+    planned, made = 4, 2
+    assert len(calls) == planned + made
+    # A record says of all models that it comes of which they were.
+    digests = [[it["digest"] for it in row["read"]] for row in rows if row["record"] == "text"]
+    names = [[it["name"] for it in row["read"]] for row in rows if row["record"] == "text"]
+    assert names == [["tuned", "bf16"]] * 4
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+    assert digests[0][1] == digests[2][1] == checkpoint_digest(ts.open(bf16).sources[0])
+
+
+def test_no_model_is_given_more_tokens_than_it_has_positions(
+    tmp_path: Path, suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tmp_path / "short"
+    ts.write(ts.open(MANNEQUIN / "bf16"), short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    suite.write_text(yaml.safe_dump({"texts": [{"id": "long", "texts": [" ".join(SENTENCES * 4)]}]}))
+    lengths: dict[str, int] = {}
+    load = TransformersEngine.load
+
+    def noted(self: TransformersEngine, directory: Path, length: int, *more: Any) -> None:
+        lengths[directory.name] = length
+        load(self, directory, length, *more)
+
+    monkeypatch.setattr(TransformersEngine, "load", noted)
+    variants = [{"variant": "long", "steps": []}, {"variant": "short", "source": str(short), "steps": []}]
+    ts.exams.sweep(str(write(tmp_path, suite, variants=variants)))
+    assert lengths["short"] == 40 < lengths["bf16"]
 
 
 def test_adapters_are_put_on_their_base(tmp_path: Path, suite: Path) -> None:

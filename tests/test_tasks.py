@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,33 @@ def test_likelihoods_are_those_of_the_harness(engine: TransformersEngine, own: A
     (expected,) = own.loglikelihood_rolling(requests("r", texts[1]), disable_tqdm=True)
     own._max_length = ROOM
     assert long == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_chat_begins_once_as_in_the_harness(tmp_path: Path) -> None:
+    """A tokenizer that begins every text with a token meets a template that writes it too, as those of Llama do."""
+    from lm_eval.models.huggingface import HFLM
+
+    place = tmp_path / "model"
+    shutil.copytree(MANNEQUIN / "bf16", place)
+    first = {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}
+    single, pair = [first, {"Sequence": {"id": "A", "type_id": 0}}], {"Sequence": {"id": "B", "type_id": 1}}
+    tokenizer = json.loads((place / "tokenizer.json").read_text())
+    (number,) = (it["id"] for it in tokenizer["added_tokens"] if it["content"] == "<|im_end|>")
+    tokenizer["post_processor"] |= {
+        "single": single, "pair": [*single, pair],
+        "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [number], "tokens": ["<|im_end|>"]}},
+    }  # fmt: skip
+    (place / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((place / "tokenizer_config.json").read_text())
+    (place / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<|im_end|>"}))
+    template = (place / "chat_template.jinja").read_text()
+    (place / "chat_template.jinja").write_text("{{ bos_token }}" + template)
+    own = HFLM(str(place), dtype="float32", device="cpu", batch_size=1, max_length=ROOM)
+    mine = benchmarks._model(TransformersEngine(Settings()), Tokens(place), ROOM)
+    chat = mine.apply_chat_template([{"role": "user", "content": "What is 14 plus 50?"}])
+    for text in (chat, "Amina had"):
+        assert mine.tok_encode(text) == own.tok_encode(text) == own.tok_batch_encode([text])[0][0].tolist()
+        assert mine._encode_pair(text, " 64") == own._encode_pair(text, " 64")
 
 
 def test_answers_are_those_of_the_harness(engine: TransformersEngine, own: Any) -> None:

@@ -143,7 +143,9 @@ def _model(engine: Engine, tokens: Tokens, room: int) -> Any:
             return self.eot_token_id if start is None else int(start)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return tokens.encode(string, special=add_special_tokens is not False)
+            # A chat template writes the token that begins a text itself; the tokenizer would put a second before it.
+            begun = string.startswith(tokens.tokenizer.decode(self.prefix_token_id))
+            return tokens.encode(string, special=not begun if add_special_tokens is None else add_special_tokens)
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             return str(

@@ -22,15 +22,18 @@ GROUPS = {"attention-v": "attn_only", "mlp": "mlp_only", "embedding": "embed_onl
 
 
 def damage(steps: Sequence[Step], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return method, level and group of the first step that perturbs, or the value that is called level."""
+    """Return method, level and group of the first step that perturbs, or the number that is called level."""
     step = next((it.parameters for it in steps if it.name == "perturb"), {})
-    method, group = step.get("method"), step.get("group")
-    level = step.get("level", values.get("level"))
+    method, group = step.get("method"), step.get("group", ())
+    groups = [group] if isinstance(group, str) else [str(it) for it in group]
+    # Of a step it may be written as a text, as YAML takes 1e-3 for one; a variant may call anything else its level.
+    told = float(step["level"]) if isinstance(step.get("level"), str) else step.get("level", values.get("level"))
+    level = told if isinstance(told, int | float) and not isinstance(told, bool) else None
     return {
         "degradation_method": METHODS.get(str(method), method),
         "level_value": level,
         "std_dev": level,
-        "param_group_name": GROUPS.get(str(group), group),
+        "param_group_name": ", ".join(GROUPS.get(it, it) for it in groups) or None,
     }
 
 

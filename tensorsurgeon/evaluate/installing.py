@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tensorsurgeon.checkpoint import Checkpoint, all_sources
+from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.evaluate.engine import Engine
 from tensorsurgeon.kernels.casting import TORCH
 from tensorsurgeon.plan import make_plan
@@ -51,7 +51,9 @@ class Subject(NamedTuple):
     @property
     def identity(self) -> str:
         """What stands for all that decides its answers: models computed alike are one, whatever led to them."""
-        places = {source.directory: str(source.directory) for source in all_sources(self.ckpt)}
+        # Not only in a source: what an operation computed at once, as an extraction does, lies in a place of its own.
+        spans = (span for tensor in self.ckpt.tensors.values() for span in tensor.spans())
+        places = {span.path.parent: str(span.path.parent) for span in spans}
         digest = hashlib.sha256(repr((self.base, self.ckpt.config.value)).encode())
         for name, tensor in self.ckpt.tensors.items():
             digest.update(f"{name}={tensor.describe(places)}\n".encode())
@@ -73,8 +75,8 @@ class Installer:
     `notes` tells what a user should know of how it went.
     """
 
-    def __init__(self, engine: Engine, length: int, scratch: Path | None = None) -> None:
-        self.engine, self.length = engine, length
+    def __init__(self, engine: Engine, scratch: Path | None = None) -> None:
+        self.engine = engine
         self.notes: list[str] = []
         self._scratch = scratch
         self._place: Path | None = None
@@ -99,8 +101,10 @@ class Installer:
         self.engine.close()
         self._remove()
 
-    def install(self, subject: Subject, answer: Answer) -> Built:
-        """Have the engine run a model, and return how it came there; `answer` asks it where that has to be proved.
+    def install(self, subject: Subject, length: int, answer: Answer) -> Built:
+        """Have the engine run a model, for up to `length` tokens, and return how it came there.
+
+        `answer` asks it where that has to be proved; models of one shape are to be given the same length.
 
         Raises:
             EngineError: where the engine refuses it.
@@ -110,18 +114,23 @@ class Installer:
         if identity != self._identity:
             fits = self.engine.reloads and shape and shape == self._shape and self._proved.get(shape, True)
             self._identity = ""
-            self._built = self._reload(subject, answer) if fits else self._load(subject)
+            self._built = self._reload(subject, length, answer) if fits else self._load(subject, length)
             self._identity, self._shape = identity, shape
         return self._built
 
-    def _reload(self, subject: Subject, answer: Answer) -> Built:
-        self.engine.reload(weights(subject.ckpt))
+    def _reload(self, subject: Subject, length: int, answer: Answer) -> Built:
         shape = subject.shape
-        if shape in self._proved:
+        before = None if shape in self._proved else answer()
+        self.engine.reload(weights(subject.ckpt))
+        if before is None:
             return "reloaded"
         reloaded = answer()
-        self._load(subject)
-        self._proved[shape] = answer() == reloaded
+        self._load(subject, length)
+        loaded = answer()
+        # A model that answers as the one before it would do so too if no weight had been taken: that proves nothing.
+        if loaded == reloaded == before:
+            return "written"
+        self._proved[shape] = loaded == reloaded
         if not self._proved[shape]:
             self.notes.append(
                 "a model whose weights were put into the engine answers otherwise than the same model written and "
@@ -129,20 +138,20 @@ class Installer:
             )
         return "written"
 
-    def _load(self, subject: Subject) -> Built:
+    def _load(self, subject: Subject, length: int) -> Built:
         self._remove()
         ckpt = subject.ckpt
         if subject.is_source:
-            self.engine.load(ckpt.sources[0].directory, self.length)
+            self.engine.load(ckpt.sources[0].directory, length)
             return "source"
         assert self._place
         dest = self._place / "model"
         self.engine.close()
         write_plan(make_plan(ckpt, None, running().memory, running().threads), dest, quiet=True)
         if subject.base:
-            self.engine.load(subject.base, self.length, dest)
+            self.engine.load(subject.base, length, dest)
         else:
-            self.engine.load(dest, self.length)
+            self.engine.load(dest, length)
         return "written"
 
     def _remove(self) -> None:

@@ -1,9 +1,9 @@
 """What a sweep leaves: a directory with the study, and its records as lines of JSON, whole at any moment.
 
-RESULTS/study.json      the study as it was understood, what was asked, and the digests of the models it begins with
+RESULTS/study.json      the study as it was understood, what was asked, and the digests of all models that it reads
 RESULTS/records.jsonl   one record a line, in the order in which they came
 
-A run that finds records goes on behind them, where the study is the same to the last word.
+A run that finds records goes on behind them, where the study is the same in all that they depend on.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from tensorsurgeon._version import __version__
-from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.durable import write_small
 from tensorsurgeon.errors import DestinationError
-from tensorsurgeon.evaluate.digest import checkpoint_digest
+from tensorsurgeon.evaluate.digest import checkpoint_digest, digested_files
 from tensorsurgeon.evaluate.results import RECORDS, STUDY
+from tensorsurgeon.source import Source
 
 MOST_SHOWN = 12
 """Differences of two studies that are told."""
+
+ONLY_TOLD = ("about", "damage")
+"""What a study says to those who read its report, and no record depends on: it may be said otherwise later."""
 
 Record = Mapping[str, Any]
 Key = tuple[str, int, str, str]
@@ -76,6 +79,7 @@ class Ledger:
         found = [
             f"{key}: {_shown(old)} then, {_shown(new)} now"
             for key, old, new in _differences(before, _plain(self.study))
+            if key not in ONLY_TOLD
         ]
         if found:
             more = [f"and {len(found) - MOST_SHOWN} more"] if len(found) > MOST_SHOWN else []
@@ -84,19 +88,21 @@ class Ledger:
                 f"{self.place}: holds the records of another study. Name another directory with --results, or do it "
                 f"all anew with --force. The differences:\n  {listed}"
             )
+        if before != _plain(self.study):
+            self._write(sources)
         return sources
 
     def _write(self, sources: Mapping[str, Any]) -> None:
         data = {**self.study, "tensorsurgeon": __version__, "sources": dict(sources)}
         write_small(self.place / STUDY, (json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n").encode())
 
-    def digest(self, location: str, ckpt: Checkpoint) -> str:
+    def digest(self, location: str, source: Source) -> str:
         """Return the digest of a model; its bytes are read again only where its files are others than before."""
-        (source, *_) = ckpt.sources
-        stamp = {name: list(it) for name, it in source.stamp().items()}
+        stats = {name: (source.directory / name).stat() for name in digested_files(source)}
+        stamp = {name: [it.st_size, it.st_mtime_ns] for name, it in stats.items()}
         known = self.sources.get(location)
         if not known or known["stamp"] != stamp:
-            digest = checkpoint_digest(ckpt)
+            digest = checkpoint_digest(source)
             if known and known["digest"] != digest and self.held:
                 raise DestinationError(
                     f"{location}: is not the model that the records in {self.place} begin with; name another directory "

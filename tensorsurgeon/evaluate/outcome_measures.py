@@ -222,7 +222,7 @@ def _level(variant: Variant, records: Sequence[Record], axes: Sequence[str]) -> 
     if len(axes) != 1 or axes[0] not in variant.values:
         return None
     others = [f"{name} {value}" for name, value in variant.values.items() if name != axes[0]]
-    return Level(axes[0], ", ".join(others), float(variant.values[axes[0]]))
+    return Level(axes[0], ", ".join(others) or "all", float(variant.values[axes[0]]))
 
 
 def is_geometric(levels: Sequence[float]) -> bool:

@@ -41,13 +41,17 @@ class Questionnaire:
     """A suite in the tokens of a model, and how much room it takes."""
 
     def __init__(self, suite: Suite, tokens: Tokens, most: int | None = None) -> None:
-        self.suite, self.tokens = suite, tokens
+        self.suite, self.tokens, self.most = suite, tokens, most
         self.variants = find_variants(tokens, suite.labels)
         self.prompts = {it.id: self._ask(it) for it in (*suite.probes, *suite.questions)}
         self.prompts |= self._ask_open()
         # An engine makes a token more even where only the prompt is scored.
         room = most - 1 if most else 2**31
         self.windows = {it.id: list(self._windows(it, min(it.window, room))) for it in suite.texts}
+        raise_all(UsageError, (
+            f"{name}: the text has fewer than two tokens, and no perplexity."
+            for name, texts in self.windows.items() if not any(held.prompts for held in texts)
+        ))  # fmt: skip
         test = suite.bilingual
         self.problems = problems(test.seed, test.each) if test else []
         self.translated: dict[tuple[int, str], Asked] = {}

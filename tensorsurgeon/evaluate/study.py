@@ -179,6 +179,9 @@ def _trials(given: _Data, reader: Reader) -> list[Trial]:
     problems: dict[str, None] = {}
     rounds = [list(_round(given, shared, repeat, reader, problems)) for repeat in range(given.repeats)]
     names = Counter(trial.variant for trial in rounds[0])
+    for other in (it.variant for again in rounds[1:2] for it in again if it.variant not in names):
+        what = "a variant has one name in all repetitions; leave '{seed}' and '{repeat}' out of it"
+        problems[f"{reader.name}: variant: {other!r}: {what}."] = None
     for name, times in names.items():
         if times > 1:
             what = "variants are called so; name what differs in braces, in 'variant'"

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tensorsurgeon.checkpoint import Checkpoint, open_checkpoint
+from tensorsurgeon.checkpoint import Checkpoint, all_sources, open_checkpoint
 from tensorsurgeon.errors import DestinationError, OutOfMemoryError, SurgeonError, UsageError
 from tensorsurgeon.evaluate.asking import ask
 from tensorsurgeon.evaluate.benchmarks import task_files
@@ -36,6 +36,8 @@ TOLD = 5
 """Variants that are told one by one where they take too much disk."""
 PROVING = 4
 """Prompts that prove that a model whose weights were put into an engine answers as the same one written."""
+ANYTHING = "Once upon a time"
+"""What is asked for that proof where a suite has no prompts of its own, but tasks alone."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Sweep:
         ckpt = apply_steps(_opened(trial.source), trial.steps)
         if ckpt.is_adapter != bool(trial.base):
             wrong = "is an adapter; name the model that it is put on as 'base'" if ckpt.is_adapter else "is no adapter"
-            raise UsageError(f"{trial.variant}: {wrong}.")
+            raise UsageError(f"{wrong}.")
         return Subject(ckpt, _opened(trial.base).sources[0].directory if trial.base else None)
 
     def form(self, trial: Trial) -> Questionnaire:
@@ -91,6 +93,7 @@ def prepare(study: Study, suite: Suite | None = None) -> tuple[Sweep, list[Row]]
     """
     _opened.cache_clear()
     sweep = Sweep(study, suite or load_suite(study.suite))
+    _check_damage(study, sweep.suite)
     problems: list[SurgeonError] = []
     rows: dict[str, Row] = {}
     with run_under(running()._replace(planned=True)):
@@ -99,12 +102,29 @@ def prepare(study: Study, suite: Suite | None = None) -> tuple[Sweep, list[Row]]
                 row = _row(sweep, trial)
             except SurgeonError as problem:
                 if trial.variant not in rows:
-                    problems.append(type(problem)(*(f"{trial.variant}: {text}" for text in problem.problems)))
+                    problems.append(_named(trial, problem))
                 row = {}
             rows.setdefault(trial.variant, row)
     if problems:
         raise type(problems[0])(*dict.fromkeys(text for problem in problems for text in problem.problems))
     return sweep, list(rows.values())
+
+
+def _check_damage(study: Study, suite: Suite) -> None:
+    """See that the suite asks what the study's damage is told by: a report would be without it."""
+    told = {
+        "perplexity": ("texts", bool(suite.texts)),
+        "kl": ("probes and a baseline", bool(suite.probes and study.baseline)),
+        "right": ("questions", bool(suite.questions or suite.bilingual)),
+    }
+    needed, there = told.get(study.damage or "", ("", True))
+    if not there:
+        raise UsageError(f"damage: {study.damage} is told by {needed}, and there are none (suite {study.suite}).")
+
+
+def _named(trial: Trial, problem: SurgeonError) -> SurgeonError:
+    """Return what is wrong with the name of the variant that it is wrong with."""
+    return type(problem)(*(f"{trial.variant}: {text}" for text in problem.problems))
 
 
 def _row(sweep: Sweep, trial: Trial) -> Row:
@@ -134,13 +154,17 @@ def check_room(rows: Iterable[Row], scratch: Path | None, budget: int | None) ->
 def run_sweep(sweep: Sweep, ledger: Ledger, engine: Engine, scratch: Path | None = None) -> list[str]:
     """Make and ask all models of a study of which records are missing; return what a user should know of it."""
     study = sweep.study
-    lengths = [sweep.form(trial).length for trial in study.trials]
+    lengths: dict[int | None, int] = {}
+    for form in map(sweep.form, study.trials):
+        # Models with as many positions are given the same length, but none more than it has positions.
+        lengths[form.most] = max(form.length, lengths.get(form.most, 0))
     total = sum(sweep.form(trial).number for trial in study.trials)
     missing = sum(sweep.missing(trial, ledger) for trial in study.trials)
     base: Distributions | None = None
     notes: list[str] = []
+    made: tuple[tuple[Any, ...], Subject] | None = None
     with (
-        Installer(engine, max(lengths), scratch) as installer,
+        Installer(engine, scratch) as installer,
         progress_bar(total, study.name, running().quiet, "record") as advance,
     ):
         advance(total - missing)
@@ -151,12 +175,15 @@ def run_sweep(sweep: Sweep, ledger: Ledger, engine: Engine, scratch: Path | None
                 continue
             for batch in _lower(engine.settings.batch):
                 try:
+                    if made is None or made[0] != trial.made:
+                        made = trial.made, sweep.subject(trial)  # an extraction is not done again for each repetition
                     engine.settings = engine.settings._replace(batch=batch)
-                    found = _try(sweep, trial, ledger, installer, base, is_base, advance)
+                    length = lengths[sweep.form(trial).most]
+                    found = _try(sweep, trial, made[1], length, ledger, installer, base, is_base, advance)
                     break
-                except OutOfMemoryError as problem:
-                    if batch == 1:
-                        raise
+                except SurgeonError as problem:
+                    if not isinstance(problem, OutOfMemoryError) or batch == 1:
+                        raise _named(trial, problem) from problem
                     notes.append(f"{trial.variant}: {problem}; the batch of {batch} is halved.")
                     installer.forget()
             base = found if is_base else base
@@ -173,20 +200,22 @@ def _lower(batch: int) -> Iterator[int]:
 def _try(
     sweep: Sweep,
     trial: Trial,
+    subject: Subject,
+    length: int,
     ledger: Ledger,
     installer: Installer,
     base: Distributions | None,
     is_base: bool,
     advance: Any,
 ) -> Distributions:
-    engine, form, subject = installer.engine, sweep.form(trial), sweep.subject(trial)
+    engine, form = installer.engine, sweep.form(trial)
     # Those with pictures first: they go through all of the model.
     those = sorted((*form.prompts.values(), *form.translated.values()), key=lambda it: it.pictured is None)
     windows: list[Prompt | Pictured] = []
     for texts in form.windows.values():
         windows += [prompt for held in texts for prompt in held.prompts]
-    prompts = [it.given for it in those[:PROVING]] or windows[:1]
-    built = installer.install(subject, lambda: b"".join(it.tobytes() for it in engine.next_logits(prompts)))
+    prompts = [it.given for it in those[:PROVING]] or windows[:1] or [form.tokens.encode(ANYTHING)]
+    built = installer.install(subject, length, lambda: b"".join(it.tobytes() for it in engine.next_logits(prompts)))
 
     def keep(record: Row) -> None:
         ledger.keep(record)
@@ -200,12 +229,19 @@ def _try(
 def told_of(sweep: Sweep, trial: Trial, subject: Subject, ledger: Ledger, built: Built) -> Row:
     """Return what each record says of the model of a trial."""
     source = _opened(trial.source)
+    locations = {_opened(it).sources[0].directory: it for it in (trial.source, trial.base) if it}
+    # All that answers depend on: donors of layers, and what an adapter is put on, too.
+    models = all_sources(subject.ckpt, *map(_opened, locations.values()))
+    read = [
+        {"name": it.name, "digest": ledger.digest(locations.get(it.directory, str(it.directory)), it)} for it in models
+    ]
     return {
         "study": sweep.study.name,
         "variant": trial.variant,
         "values": dict(trial.values),
         "model_name": source.sources[0].name,
-        "digest": ledger.digest(trial.source, source),
+        "digest": ledger.digest(trial.source, source.sources[0]),
+        "read": read,
         "repeat_index": trial.repeat,
         "seed": trial.seed,
         "source_layers": None if source.is_adapter else source.layers.count,

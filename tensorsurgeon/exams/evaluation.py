@@ -113,7 +113,10 @@ def _with_text(suite: Suite, text: str | None) -> Suite:
         return suite
     if not Path(text).is_file():
         raise UsageError(f"text: there is no file {text}.")
-    return suite.model_copy(update={"texts": (*suite.texts, Text(id=Path(text).name, file=text))})
+    name = Path(text).name
+    if name in [it.id for it in suite.asked]:
+        raise UsageError(f"text: the suite has one of the id {name!r}; give the file another name.")
+    return suite.model_copy(update={"texts": (*suite.texts, Text(id=name, file=text))})
 
 
 def _subjects(model: str, against: str | None, adapter: str | None) -> list[Subject]:
@@ -152,7 +155,11 @@ def _kept(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
                     file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
                     file.flush()
 
-            yield keep
+            try:
+                yield keep
+            finally:
+                if path and file and not file.tell():
+                    Path(path).unlink()  # nothing was asked: it would only be in the way of the next try
     except FileExistsError:
         raise DestinationError(f"{path}: is there already; name another file for records, or remove it.") from None
 
@@ -182,5 +189,5 @@ def _ask_all(runner: Engine, subjects: list[Subject], suite: Suite, keep: Callab
 def _about(subject: Subject) -> dict[str, Any]:
     from tensorsurgeon.evaluate.digest import checkpoint_digest
 
-    adapter = {"adapter_digest": checkpoint_digest(subject.adapter)} if subject.adapter else {}
-    return {"model_name": subject.name, "digest": checkpoint_digest(subject.ckpt), **adapter}
+    adapter = {"adapter_digest": checkpoint_digest(subject.adapter.sources[0])} if subject.adapter else {}
+    return {"model_name": subject.name, "digest": checkpoint_digest(subject.ckpt.sources[0]), **adapter}
