@@ -226,6 +226,8 @@ def test_a_changed_study_is_refused_with_the_differences(
     assert "seed: 42 then, 7 now" in said
     assert 'variants.2.name: "mult-gauss-0.5" then, "mult-gauss-0.7" now' in said
     assert "--force" in said
+    assert main(["sweep", str(study), "--set", "engine=stream"]) == 1
+    assert 'engine: "transformers" then, "stream" now' in capsys.readouterr().err
     suite.write_text(yaml.safe_dump({**SUITE, "texts": [{"id": "sentences", "texts": SENTENCES[:1]}]}))
     with pytest.raises(DestinationError, match="asked.texts"):
         ts.exams.sweep(str(study))

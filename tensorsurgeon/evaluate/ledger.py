@@ -120,7 +120,8 @@ class Ledger:
             if not line.endswith(b"\n"):
                 break
             try:
-                yield _key_and_needed(json.loads(line))
+                if line.strip():
+                    yield _key_and_needed(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 raise DestinationError(
                     f"{self.place / RECORDS}:{number}: is not a record; remove the line, or do all anew with --force."

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tensorsurgeon.errors import UsageError
 from tensorsurgeon.evaluate.asking import ask, foreseen
+from tensorsurgeon.evaluate.choosing import installed
 from tensorsurgeon.evaluate.engine import Engine, Settings
 from tensorsurgeon.evaluate.engines.stream import StreamEngine
 from tensorsurgeon.evaluate.ledger import Ledger
@@ -149,7 +150,7 @@ def confirm(sweep: Sweep, results: Path, count: int, engine: Engine, scratch: Pa
     (read,) = read_results([results])
     chosen = [it.name for it in outcomes_of(read).by_damage if it.name != study.baseline][:count]
     trials = tuple(it for it in study.trials if it.variant in (study.baseline, *chosen))
-    ledger = Ledger(results / CONFIRMED, sweep.recorded(), force)
+    ledger = Ledger(results / CONFIRMED, sweep.recorded(installed(study.engine)), force)
     try:
         return run_sweep(replace(sweep, study=replace(study, trials=trials)), ledger, engine, scratch)
     finally:

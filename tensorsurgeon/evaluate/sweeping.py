@@ -17,7 +17,7 @@ from tensorsurgeon.evaluate.asking import ask
 from tensorsurgeon.evaluate.benchmarks import task_files
 from tensorsurgeon.evaluate.choosing import make_engine
 from tensorsurgeon.evaluate.described import damage, layers_of
-from tensorsurgeon.evaluate.engine import Engine, Pictured, Prompt, Settings
+from tensorsurgeon.evaluate.engine import Engine, Kind, Pictured, Prompt, Settings
 from tensorsurgeon.evaluate.installing import Built, Installer, Subject
 from tensorsurgeon.evaluate.ledger import Ledger
 from tensorsurgeon.evaluate.probing import Distributions
@@ -48,13 +48,13 @@ class Sweep:
     suite: Suite
     forms: dict[Path, Questionnaire] = field(default_factory=dict)
 
-    def recorded(self) -> Row:
-        """Return the study as plain data, with all that is asked: of files their digests, wherever they lie."""
+    def recorded(self, engine: Kind) -> Row:
+        """Return the study as plain data, with all that is asked, and of whom: of files their digests."""
         asked = self.suite.model_dump(mode="json")
         for entry, key in files_in(asked):
             files = task_files(entry[key]) if key == "task" else [Path(entry[key])]
             entry[key] = hashlib.sha256(b"".join(it.read_bytes() for it in files)).hexdigest()
-        return {**self.study.recorded(), "asked": asked}
+        return {**self.study.recorded(), "engine": engine, "asked": asked}
 
     def subject(self, trial: Trial) -> Subject:
         """Return the model of a trial; its tensors are not computed yet, but for what an operation reads at once."""

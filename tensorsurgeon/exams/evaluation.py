@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _suite_of(tasks: Iterable[str], limit: int | None) -> Suite:
-    return Suite(name="tasks", tasks=tuple(Task(task=it, limit=limit) for it in tasks))
+    return Suite(name="tasks", tasks=tuple(Task(task=it, limit=limit) for it in dict.fromkeys(tasks)))
 
 
 def _with_text(suite: Suite, text: str | None) -> Suite:
@@ -147,6 +147,8 @@ def _faults(subject: Subject) -> Iterator[str]:
 @contextmanager
 def _kept(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield what writes a record as a line of JSON, at once, where a file is named."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise DestinationError(f"{path}: there is no directory {Path(path).parent}; make it first.")
     try:
         with open(path, "x", encoding="utf-8") if path else nullcontext() as file:
 

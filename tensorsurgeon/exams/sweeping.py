@@ -54,6 +54,7 @@ def sweep(
         confirm: After one pass, make so many of the least damaged variants, and the baseline, and ask them all that the
             suite asks, in the study's engine; the records go into RESULTS/confirmed.
     """
+    from tensorsurgeon.evaluate.choosing import installed
     from tensorsurgeon.evaluate.ledger import Ledger
     from tensorsurgeon.evaluate.study import load_study
     from tensorsurgeon.evaluate.sweeping import check_room, engine_for, prepare, run_sweep
@@ -70,7 +71,7 @@ def sweep(
     if dry_run:
         return Findings({"variants": rows})
     check_room(rows, place, budget)
-    ledger = Ledger(given.results, sweep.recorded(), force)
+    ledger = Ledger(given.results, sweep.recorded(installed(given.engine)), force)
     try:
         engine = engine_for(given, running().threads)
         try:
@@ -106,7 +107,7 @@ def _in_one_pass(
     if count:
         installed(study.engine)
         check_room(rows, scratch, budget)
-    ledger = Ledger(study.results, sweep.recorded(), force)
+    ledger = Ledger(study.results, sweep.recorded("stream"), force)
     try:
         tables = {"one pass": one_pass.run_one_pass(sweep, ledger)}
     finally:
