@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 import transformers
@@ -332,6 +333,20 @@ def with_tensor(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> 
 
 def with_config(**changes: Any) -> Damage:
     return lambda tensors, config: config.update(changes)
+
+
+def test_layers_that_share_keys_and_values_need_none_of_their_own(tmp_path: Path) -> None:
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+    model = architectures.make(
+        architectures.ARCHITECTURES["gemma3n_text"], tmp_path / "model", num_hidden_layers=9, layer_types=types,
+        num_kv_shared_layers=3, activation_sparsity_pattern=[0.0] * 9,
+    )  # fmt: skip
+    assert sum("k_proj" in name for name in ts.open(model)) == 6
+    assert not verify(str(model)).problems
+    ckpt = ts.open(model)
+    lost = "model.layers.1.self_attn.k_proj.weight"
+    ts.write(ckpt.replace(tensors={name: it for name, it in ckpt.tensors.items() if name != lost}), tmp_path / "lost")
+    assert any("layer 1: lacks self_attn.k_proj.weight" in it for it in verify(str(tmp_path / "lost")).problems)
 
 
 @pytest.mark.parametrize(

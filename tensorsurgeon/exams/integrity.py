@@ -141,11 +141,14 @@ def _layers(ckpt: Checkpoint) -> Problems:
         yield f"config.json: layer_types has {len(types)} entries for {stack.count} layers."
         types = []
     shapes = layer_shapes(ckpt, stack)
+    shared = config.get("num_kv_shared_layers")
+    # Layers that take keys and values from earlier ones may come without weights for their own.
+    own = stack.count - (shared if isinstance(shared, int) else 0)
     kinds: dict[Any, list[int]] = defaultdict(list)
     for layer in range(stack.count):
         experts = any(".experts." in rest for rest, _ in shapes[layer])
-        kinds[(str(types[layer]) if types else "", experts)].append(layer)
-    for (kind, _), members in kinds.items():
+        kinds[(str(types[layer]) if types else "", experts, layer < own)].append(layer)
+    for (kind, *_), members in kinds.items():
         usual, count = Counter(shapes[layer] for layer in members).most_common(1)[0]
         if 2 * count <= len(members):
             continue
