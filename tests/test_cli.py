@@ -386,10 +386,13 @@ def test_settings_of_run_are_laid_over_the_recipe(run: Run, plain: Path, tmp_pat
 def test_the_reference_has_every_operation_and_exam_with_every_parameter(run: Run) -> None:
     text = run("reference").out
     headings = [line for line in text.splitlines() if line.startswith("#### ")]
-    others = {"diff": "MODEL OTHER", "noise": "MODEL QUANTIZED", "report": "RESULTS...", "sweep": "STUDY"}
+    others = {
+        "diff": "MODEL OTHER", "noise": "MODEL QUANTIZED", "report": "RESULTS...", "sweep": "STUDY",
+        "lens": "MODEL PROMPTS", "similarity": "MODEL PROMPTS",
+    }  # fmt: skip
     operands = [(name, "SRC DEST") for name in OPERATIONS]
     operands += [(name, others.get(name, "MODEL")) for name in EXAMS]
-    operands += [("directions", "ACTIVATIONS OUT")]
+    operands += [("collect", "MODEL PROMPTS OUT"), ("directions", "ACTIVATIONS OUT")]
     assert headings == [f"#### `{name} {operand}`" for name, operand in operands]
     for section, (name, _) in zip(text.split("#### ")[1:], operands, strict=True):
         spec = {**OPERATIONS, **EXAMS, **DERIVATIONS}[name]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,7 @@ def test_random_directions_are_as_many_and_as_strong_where_there_is_as_much(tmp_
     # Coordinates 2 and 3, and of the other layer 0 and 1: all else holds less than these.
     bases = {"L3": np.eye(32, dtype=np.float32)[2:4], "L13": np.eye(32, dtype=np.float32)[:2]}
     save_file(bases, tmp_path / "bases.safetensors")
-    command = ["python3", str(SCRIPT), "bases.safetensors"]
+    command = [sys.executable, str(SCRIPT), "bases.safetensors"]
     subprocess.run([*command, "random.safetensors"], cwd=tmp_path, check=True)
     again = [*command, "strong.safetensors", "activations.npz", "1"]
     done = subprocess.run(again, cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -79,7 +81,8 @@ def test_the_recipe_runs_from_prompts_to_answers(tmp_path: Path) -> None:
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(few))
     words = [str(tmp_path / "recipes" / "kernel-surgery.sh"), "tests/mannequin/bf16"]
     settings = ["--set", "engine=transformers", "--set", "suite=few.yaml"]
-    subprocess.run([*words, *settings], cwd=tmp_path, check=True, capture_output=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the script looks where there is no .venv
+    subprocess.run([*words, *settings], cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "PATH": path})
     results = tmp_path / "results"
     with np.load(results / "activations.npz") as arrays:
         assert {name: it.shape for name, it in arrays.items()} == {

@@ -31,6 +31,7 @@ STUDIES = {
     "iq": 46,
     "methods": 8,
     "kernel-surgery": 7,
+    "one-pass": 79,
 }
 """Studies that run on the mannequin, and how many variants each has there."""
 NEEDS_IMAGES = {"picture"}
