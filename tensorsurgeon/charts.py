@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 WIDE = 10
 """Values are drawn on a logarithmic scale where the largest is this many times a middling one."""
+SIDE = 0.05
+"""Values are of both signs where those below zero reach this share of the largest."""
 
 Kind = Literal["curves", "bars", "rows", "stack", "map"]
 """Curves with a band around them; bars upward; bars to the right, one a row; rows of shares on each other; cells."""
@@ -54,15 +56,20 @@ class Chart(NamedTuple):
     """Whether a logarithmic scale suits the values better."""
     small: float | None = None
     """A magnitude below which that scale is linear, so that it can have zero and both signs; none needs neither."""
+    signed: bool = False
+    """Whether values go far to both sides of zero, so that colours have to tell which."""
 
 
 def scaled(title: str, measure: str, kind: Kind, axis: str, panels: Sequence[Panel], has_zero: bool = True) -> Chart:
     """Return a chart with the scale that suits its values; those of which none comes near zero need none."""
-    values = [it.value for panel in panels for series in panel.series for it in series.points]
+    values = [it.value or 0.0 for panel in panels for series in panel.series for it in series.points]
     sizes = sorted(abs(it) for it in values if it) or [1.0]
+    # A little below zero is next to zero: colours for both signs would leave all others half of their range.
+    signed = -min(values, default=0.0) > SIDE * sizes[-1]
     # A scale of more than a thousandfold would make much of what is next to nothing.
     near_zero = max(sizes[len(sizes) // 20], sizes[-1] / 1000)
-    return Chart(title, measure, kind, axis, panels, sizes[-1] > WIDE * median(sizes), near_zero if has_zero else None)
+    small = near_zero if has_zero else None
+    return Chart(title, measure, kind, axis, panels, sizes[-1] > WIDE * median(sizes), small, signed)
 
 
 class Pivot(NamedTuple):

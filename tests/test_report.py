@@ -18,7 +18,7 @@ from PIL import Image
 from swept import changed_study, probe, question, text, write_study
 
 import tensorsurgeon as ts
-from tensorsurgeon.charts import Chart, Point
+from tensorsurgeon.charts import Chart, Panel, Point, Series, scaled
 from tensorsurgeon.cli import main
 from tensorsurgeon.errors import DestinationError, ResultsError, UsageError
 from tensorsurgeon.evaluate.layer_changes import layer_change
@@ -478,6 +478,12 @@ def test_where_nothing_tells_of_damage_nothing_is_said_of_it(tmp_path: Path) -> 
     findings = report(study)
     assert "damage" not in findings.summary[0].lower()
     assert "damage" not in findings.tables["variants, the least damaged first"][0]
+
+
+@pytest.mark.parametrize(("least", "signed"), [(-4.0, True), (-0.3, True), (-0.01, False), (0.0, False), (None, False)])
+def test_colours_tell_signs_where_values_go_far_to_both_sides(least: float | None, signed: bool) -> None:
+    points = [Point(0, least, None, ""), Point(1, 5.0, None, "")]
+    assert scaled("t", "m", "map", "a", [Panel("", [Series("", points)], [])]).signed == signed
 
 
 def test_a_change_that_two_variants_make_is_drawn_once_and_blocks_apart(tmp_path: Path) -> None:

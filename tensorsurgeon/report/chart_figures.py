@@ -161,12 +161,12 @@ def _map(axes: Any, chart: Chart, panel: Panel) -> None:
 
     everywhere = [value for one in chart.panels for series in one.series for _, value in _known(series)]
     low, high = min(everywhere), max(everywhere)
-    if low < 0:
+    if chart.signed:
         low, high = -max(-low, high), max(-low, high)
     norm = Normalize(low, high)
     if chart.log:
         norm = LogNorm(low, high) if chart.small is None else AsinhNorm(chart.small, low, high)
-    colours = colormaps["PuOr_r" if low < 0 else "viridis"].with_extremes(bad="0.95")
+    colours = colormaps["PuOr_r" if chart.signed else "viridis"].with_extremes(bad="0.95")
     held = [{it.at: value for it, value in _known(series)} for series in panel.series]
     cells = [[line.get(at, nan) for at, _ in panel.ticks] for line in held]
     image = axes.imshow(cells, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", origin="lower")

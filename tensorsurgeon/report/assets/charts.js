@@ -155,7 +155,7 @@ function drawStack(node, chart, panel, scale) {
 function drawMap(node, chart, panel, scale, log) {
   const values = chart.panels.flatMap((it) => it.series.flatMap((one) => one.points.map((point) => point.value)))
     .filter((it) => it !== null);
-  const colours = colouring(values, { signed: values.some((it) => it < 0), small: chart.small || 1 }, log, false);
+  const colours = colouring(values, { signed: chart.signed, small: chart.small || 1 }, log, false);
   const starts = panel.ticks.map(([at]) => at), rows = panel.series.length;
   const cell = (series, at, of) => {
     const point = series.points.find((it) => it.at === at);
