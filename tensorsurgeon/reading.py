@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -13,9 +11,6 @@ from tensorsurgeon.errors import CheckpointError
 from tensorsurgeon.format import Span
 
 Buffer = bytes | bytearray | memoryview
-
-POPULATE_READ = 22
-"""Linux's advice to have all pages of a mapping there at once, rather than each when it is first read."""
 
 NEAR = 8192
 """Bytes between parts that are read sooner with them than passed over by one more call."""
@@ -49,37 +44,17 @@ def read_span(span: Span, into: bytearray | None = None) -> Buffer:
         while position < span.nbytes:
             count = os.preadv(file.fileno(), [view[position:]], span.offset + position)
             if count == 0:
-                raise _shortened(span, span.offset + position)
+                raise shortened(span, span.offset + position)
             position += count
     return data
 
 
-def _shortened(span: Span, end: int) -> CheckpointError:
+def shortened(span: Span, end: int) -> CheckpointError:
+    """Return the error for a file that ends before a span does."""
     return CheckpointError(
         f"{span.path}: ends at byte {end}, before byte {span.offset + span.nbytes} that its header promised; it was "
         "changed while it was read."
     )
-
-
-def map_span(span: Span) -> memoryview:
-    """Return a span of a file as memory, without a copy where the file is in the page cache; it must not be shortened.
-
-    What is written there stays in this process.
-
-    Raises:
-        CheckpointError: where the file ends before the span does.
-    """
-    begin = span.offset - span.offset % mmap.ALLOCATIONGRANULARITY
-    with open(span.path, "rb", buffering=0) as file:
-        length = os.fstat(file.fileno()).st_size
-        if length < span.offset + span.nbytes:
-            raise _shortened(span, length)
-        if not span.nbytes:
-            return memoryview(bytearray())
-        mapped = mmap.mmap(file.fileno(), span.offset - begin + span.nbytes, access=mmap.ACCESS_COPY, offset=begin)
-    with suppress(OSError):
-        mapped.madvise(POPULATE_READ)
-    return memoryview(mapped)[span.offset - begin :]
 
 
 def read_parts(span: Span, stride: int, begin: int, end: int) -> Buffer:

@@ -129,12 +129,16 @@ class LazyTensor:
     @property
     def row_memory(self) -> int:
         """Bytes of memory that computing one row takes: the row itself and, at every step, its inputs."""
+        if self.span:
+            return self.row_bytes
         parts = max((part.tensor.row_memory for part in self.parts), default=0)
         return self.row_bytes + self.working + parts + sum(it.row_memory for it in self.inputs)
 
     @property
     def fixed_memory(self) -> int:
         """Bytes of memory that computing takes besides, however few the rows: inputs that are read as a whole."""
+        if self.span:
+            return 0
         whole = sum(
             it.tensor.row_memory * min(it.tensor.piece_rows if it.streamed else it.tensor.rows, it.tensor.rows)
             for it in self.inputs
@@ -147,6 +151,7 @@ class LazyTensor:
         """Yield every span that has to be read to know this tensor."""
         if self.span:
             yield self.span
+            return
         for tensor in dict.fromkeys([it.tensor for it in self.inputs] + [it.tensor for it in self.parts]):
             yield from tensor.spans()
 

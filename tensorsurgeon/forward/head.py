@@ -14,9 +14,10 @@ from torch.nn import functional
 from transformers.utils import ModelOutput
 
 from tensorsurgeon.errors import RefusedError
-from tensorsurgeon.forward.parts import as_tensor, set_parameter
+from tensorsurgeon.forward.parts import aligned, read_rows, set_parameter
 from tensorsurgeon.forward.recording import arguments, as_left, replaced
 from tensorsurgeon.forward.shell import Shell
+from tensorsurgeon.forward.skeleton import silence
 from tensorsurgeon.running import running
 from tensorsurgeon.tensor import LazyTensor
 
@@ -141,8 +142,9 @@ class Head:
     def _load(self, start: int, stop: int) -> None:
         for name in self._names():
             lazy = self._tensor(name)
-            rows = as_tensor(lazy.read(start, stop)).to(self.skeleton.dtype).to(self.dtype)
-            set_parameter(self.module, name, rows)
+            with silence():
+                rows = read_rows(lazy, start, stop)
+            set_parameter(self.module, name, aligned(rows.to(self.skeleton.dtype).to(self.dtype)))
 
     def _names(self) -> list[str]:
         return [name for name in ("weight", "bias") if self.module._parameters.get(name) is not None]

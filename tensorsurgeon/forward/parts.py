@@ -26,8 +26,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import CheckpointError, raise_all
+from tensorsurgeon.forward.mapping import map_span
 from tensorsurgeon.forward.skeleton import Skeleton, silence
-from tensorsurgeon.reading import map_span
 from tensorsurgeon.tensor import Block, LazyTensor
 
 DTYPES = {
@@ -50,6 +50,23 @@ def as_tensor(block: Block) -> torch.Tensor:
     return torch.frombuffer(data, dtype=DTYPES[block.dtype]).reshape(block.shape)
 
 
+def read_rows(tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
+    """Return rows of a tensor; where it lies in a file as it is, over the file's pages, which cannot be written.
+
+    torch warns of such memory, so that this is called under `silence`.
+    """
+    if not tensor.span or not tensor.row_bytes or start == stop:
+        return as_tensor(tensor.read(start, stop))
+    size = tensor.row_bytes
+    span = tensor.span._replace(offset=tensor.span.offset + start * size, nbytes=(stop - start) * size)
+    return torch.frombuffer(map_span(span), dtype=DTYPES[tensor.dtype]).reshape(-1, *tensor.shape[1:])
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that begins at a cache line, as torch's own do: products may be summed in another order else."""
+    return tensor if tensor.data_ptr() % CACHE_LINE == 0 else tensor.clone()
+
+
 class _Unread:
     """What transformers takes for a slice of a safetensors file: it is read when it is indexed."""
 
@@ -59,10 +76,8 @@ class _Unread:
         self.is_cast = dtype == torch.float32 and tensor.dtype in HALVES
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        span = self.tensor.span
-        read = as_tensor(Block(self.tensor.dtype, self.tensor.shape, map_span(span)) if span else self.tensor.read())
-        # Products may be summed in another order where numbers do not begin at a cache line, as torch's own do.
-        return read if read.data_ptr() % CACHE_LINE == 0 or self.is_cast else read.clone()
+        read = read_rows(self.tensor, 0, self.tensor.rows).reshape(self.tensor.shape)
+        return read if self.is_cast else aligned(read)
 
 
 class Parts:
