@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,7 @@ def test_it_is_never_taken_unasked(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 @pytest.mark.alone
 def test_a_model_larger_than_the_memory_is_evaluated(large: Path) -> None:  # noqa: F811
     worker = str(Path(__file__).parent / "streaming.py")
-    done = subprocess.run([sys.executable, worker, "engine", str(large), "900"], capture_output=True, text=True)
+    words = [sys.executable, worker, "engine", str(large), "900"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["means"] == [0.0, 0.0]
