@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import make
+
+if TYPE_CHECKING:
+    from browsing import Browser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,6 +20,16 @@ MANNEQUIN = Path(__file__).parent / "mannequin"
 
 
 PEERS = Path(__file__).parents[1] / ".venv-peers"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium, for the tests of a module that look at pages."""
+    from browsing import Browser
+
+    started = Browser(tmp_path_factory.mktemp("profile"))
+    yield started
+    started.driver.quit()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -23,13 +22,6 @@ UNSEEN = "\u202egnp.\x07\x85\ufeff"
 """Characters that turn the text behind them, ring, break lines, or are nothing at all."""
 CELLS = "#lens-tokens"
 HEAT = f"document.querySelector('{CELLS}').data[0]"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    started = Browser(tmp_path_factory.mktemp("profile"))
-    yield started
-    started.driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,6 @@ import made_up
 from tensorsurgeon.errors import DestinationError, UsageError
 from tensorsurgeon.registry import Findings
 from tensorsurgeon.report.page import write_page
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    started = Browser(tmp_path_factory.mktemp("profile"))
-    yield started
-    started.driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,6 @@ from tensorsurgeon.cli import main
 from tensorsurgeon.evaluate.result_tables import VARIANTS
 
 LEVELS = {"v0": 0.0, "v1": 0.5, "v2": 1.0, "v3": 2.0}
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    started = Browser(tmp_path_factory.mktemp("profile"))
-    yield started
-    started.driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tensorsurgeon.checkpoint import Checkpoint
-from tensorsurgeon.durable import replace_file
-from tensorsurgeon.errors import DestinationError, UsageError, raise_all
+from tensorsurgeon.derivations.destination import check_out, write_out
+from tensorsurgeon.errors import UsageError
 from tensorsurgeon.evaluate.prompts import GivenPrompt, read_prompts
 from tensorsurgeon.parameters import Count, File, Layers
 from tensorsurgeon.registry import Findings, derivation
@@ -62,7 +62,7 @@ def collect(
 
     place = Path(out)
     given = read_prompts(Path(prompts))
-    _check_out(place)
+    check_out(place, "activations", (".safetensors", ".npz"))
     if layers:
         ckpt.layers.check(layers)
     samples = _samples(ckpt, given, chat)
@@ -74,23 +74,8 @@ def collect(
         for group in groups
     }
     told = {"model": ckpt.sources[0].name, "site": site, "position": position, "dtype": dtype, "chat": json.dumps(chat)}
-    try:
-        replace_file(place, as_file(arrays, told, place.suffix))
-    except OSError as problem:
-        raise DestinationError(f"{place}: {problem.strerror or problem}.") from problem
+    write_out(place, as_file(arrays, told, place.suffix))
     return Findings({"activations": list(_rows(arrays, found, groups))})
-
-
-def _check_out(out: Path) -> None:
-    """Raise, before the work, where the file could not be written at its end."""
-    problems = []
-    if out.suffix not in (".safetensors", ".npz"):
-        problems.append(f"{out}: the name of a file of activations ends in .safetensors or .npz.")
-    if not out.absolute().parent.is_dir():
-        problems.append(f"{out}: there is no directory {out.parent}; make it first.")
-    if out.exists():
-        problems.append(f"{out}: exists already; remove it, or give another name.")
-    raise_all(DestinationError, problems)
 
 
 def _samples(ckpt: Checkpoint, given: Sequence[GivenPrompt], chat: bool) -> list[Sample]:

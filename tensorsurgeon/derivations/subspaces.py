@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tensorsurgeon.durable import replace_file
-from tensorsurgeon.errors import CheckpointError, DestinationError, RefusedError, UsageError, nearest, raise_all
+from tensorsurgeon.derivations.destination import check_out, write_out
+from tensorsurgeon.errors import CheckpointError, RefusedError, UsageError, nearest, raise_all
 from tensorsurgeon.format import header_bytes
 from tensorsurgeon.notation import format_layers
 from tensorsurgeon.parameters import Count, File, Layers, Words
@@ -78,7 +78,7 @@ def directions(
     chosen = sorted(set(samples.layers if layers is None else layers))
     usage = [*_choice_problems(samples, groups, layers), *_method_problems(method, len(samples.groups), rank)]
     raise_all(UsageError, (f"directions: {text}" for text in usage))
-    _check_out(place)
+    check_out(place, "directions", (".safetensors",))
     most = rank or (min(RANK, len(samples.groups) - 1) if METHODS[method].means else RANK)
     raise_all(RefusedError, _shape_problems(archive, samples, chosen, METHODS[method].paired))
     found = _contrasts(archive, samples, chosen, method, most)
@@ -87,10 +87,7 @@ def directions(
         "groups": ",".join(samples.groups),
         "captured": json.dumps({f"L{layer}": _short(it.captured) for layer, it in found.items()}),
     }
-    try:
-        replace_file(place, _as_safetensors(found, told))
-    except OSError as problem:
-        raise DestinationError(f"{place}: {problem.strerror or problem}.") from problem
+    write_out(place, _as_safetensors(found, told))
     tables = {"directions": _rows(archive, samples, found)}
     return Findings(tables | ({"not read": [{"array": name} for name in samples.others]} if samples.others else {}))
 
@@ -135,18 +132,6 @@ def _method_problems(name: str, groups: int, rank: int | None) -> Iterator[str]:
         yield f"{name} takes {'two groups' if method.two else 'two groups or more'}, not {groups}."
     elif method.means and rank and rank > groups - 1:
         yield f"rank: {name} finds one direction less than there are groups, {groups - 1} and not {rank}."
-
-
-def _check_out(out: Path) -> None:
-    """Raise, before the work, where the file could not be written at its end."""
-    problems = []
-    if out.suffix != ".safetensors":
-        problems.append(f"{out}: the name of a file of directions ends in .safetensors.")
-    if not out.absolute().parent.is_dir():
-        problems.append(f"{out}: there is no directory {out.parent}; make it first.")
-    if out.exists():
-        problems.append(f"{out}: exists already; remove it, or give another name.")
-    raise_all(DestinationError, problems)
 
 
 def _shape_problems(archive: Archive, samples: Samples, layers: Sequence[int], paired: bool) -> Iterator[str]:

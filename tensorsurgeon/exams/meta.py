@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
+
+from tensorsurgeon.forward.silence import silence
 
 SHOWN = 5
 
@@ -29,7 +28,7 @@ def load_problems(directory: Path, config: Mapping[str, Any], described: Set[str
     """
     architecture = config["architectures"][0]
     try:
-        with _silence():
+        with silence():
             plain = _plain_config(directory, config)
             _, info = model_class(config).from_pretrained(
                 str(directory),
@@ -46,23 +45,6 @@ def load_problems(directory: Path, config: Mapping[str, Any], described: Set[str
     yield from _named(set(info["unexpected_keys"]) - described, f"{architecture} does not know")
     mismatched = [f"{name} {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     yield from _named(mismatched, f"{architecture} has another shape for")
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep transformers from talking: what it has to say is returned as findings."""
-    logger, bars = logging.getLogger("transformers"), transformers.utils.logging
-    level, showing = logger.level, bars.is_progress_bar_enabled()
-    logger.setLevel(logging.CRITICAL)
-    bars.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        if showing:
-            bars.enable_progress_bar()
 
 
 def _plain_config(directory: Path, config: Mapping[str, Any]) -> Any:

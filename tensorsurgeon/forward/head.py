@@ -17,7 +17,7 @@ from tensorsurgeon.errors import RefusedError
 from tensorsurgeon.forward.parts import aligned, read_rows, set_parameter
 from tensorsurgeon.forward.recording import arguments, as_left, replaced
 from tensorsurgeon.forward.shell import Shell
-from tensorsurgeon.forward.skeleton import silence
+from tensorsurgeon.forward.silence import silence
 from tensorsurgeon.running import running
 from tensorsurgeon.tensor import LazyTensor
 

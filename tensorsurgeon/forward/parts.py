@@ -27,7 +27,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import CheckpointError, raise_all
 from tensorsurgeon.forward.mapping import map_span
-from tensorsurgeon.forward.skeleton import Skeleton, silence
+from tensorsurgeon.forward.silence import silence
+from tensorsurgeon.forward.skeleton import Skeleton
 from tensorsurgeon.tensor import Block, LazyTensor
 
 DTYPES = {

@@ -7,9 +7,7 @@ for itself rather than reads (rotary frequencies, a factor for embeddings) is ma
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -20,6 +18,7 @@ from torch import nn
 
 from tensorsurgeon.checkpoint import Checkpoint
 from tensorsurgeon.errors import RefusedError
+from tensorsurgeon.forward.silence import silence
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -71,23 +70,6 @@ def make_skeleton(ckpt: Checkpoint, dtype: Dtype = "float32") -> Skeleton:
             model = kind._from_config(described, dtype=computed).eval()
         _compute_buffers(model)
     return _anatomy(model, kind.__name__, text.num_hidden_layers, computed)
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep transformers from talking and drawing: what it has to say is not for those who asked for a forward pass."""
-    logger = transformers.utils.logging
-    level, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
-    logger.set_verbosity(50)
-    logger.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.set_verbosity(level)
-        if bars:
-            logger.enable_progress_bar()
 
 
 def _class_of(config: Mapping[str, Any]) -> Any:
